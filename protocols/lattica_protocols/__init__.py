@@ -1,0 +1,1 @@
+"""The wire of Lattica, without I/O: codecs and state machines. The contract stands in protocols/README.md."""
