@@ -102,7 +102,7 @@ def _hash_to_text(value: bytes) -> str:
 
 
 def _path_from_text(text: str) -> bytes:
-    if len(text) < 2 or not text.startswith("/") or not text.isprintable():
+    if len(text) < 2 or not text.startswith("/") or text.endswith("/") or not text.isprintable():
         raise ValueError(f"{text!r} is not an absolute path")
     return text.encode()
 
@@ -394,6 +394,8 @@ def _from_bytes_untrusted(data: bytes) -> Multiaddr:
             raise RemoteProtocolError("address is cut off")
         parts.append((part, data[offset : offset + size]))
         offset += size
+        if part.is_path and offset < len(data):
+            raise RemoteProtocolError(f"something follows /{part.name} in an address")
     if not parts:
         raise RemoteProtocolError("empty address")
     try:
