@@ -1,0 +1,714 @@
+"""The machine of one control stream: many calls in both directions, without I/O.
+
+It turns bytes into events and verbs into bytes; who waits for what is the runtime's affair. The wire stands
+in `specs/rpc.md`.
+
+A runtime drives it like this, after every stretch of work::
+
+    machine.receive_data(view, now)              # or a verb, or handle_timer(now)
+    for kind, call, head, tail in machine.poll_events():
+        ...                                      # call.owner says whose call it is
+    stream.write(*machine.poll_transmit())
+    for tail_id, length, buffers in machine.poll_detached():
+        ...                                      # a bulk stream or a memfd
+
+**Events** are tuples `(kind, call, head, tail)` with the frame kinds as kinds:
+
+    REQUEST   a new inbound call: see `call.method`, `.route`, `.flags`, `.deadline`; head is the arguments
+    RESPONSE  the result of our call; the call is over
+    ITEM      one message of a stream, either direction. Call `grant` once it was consumed
+    END       the other side sends no more ITEMs; for our call: the call is over
+    ERROR     our call failed, here or there: head for `decode_error_head_untrusted`. Deadline, lost
+              connection and limits come this way too, with their codes
+    CANCEL    an inbound call is over: cancelled, past its deadline, or the connection is lost
+    CREDIT    a stream may send again: look at `call.can_send()`
+    HELLO, PING, GOAWAY   with `machine.session_call`; PING is the answer to ours, head what was sent
+
+`head` is bytes, `tail` a buffer that belongs to the receiver of the event (b"" when there is none).
+
+**Forwarding.** A forwarder answers a REQUEST event by `other.forward(call, head, tail, ...)` on the machine
+that leads on, which gives the second half. From then on each event of one half goes to the other by
+`relay(half, kind, head, tail)`, CREDIT included: the window is between the two ends, and both halves watch
+that nobody overdraws it. ERROR and CANCEL events that a machine makes itself (deadline, lost connection,
+limits) are passed on the same way. """
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from lattica_protocols.errors import LocalProtocolError, RemoteProtocolError
+from lattica_protocols.limits import (
+    RPC_DETACH_OVER,
+    RPC_INITIAL_CALLS,
+    RPC_MAX_CALLS,
+    RPC_MAX_CREDIT,
+    RPC_MAX_HEAD,
+    RPC_MAX_HELD,
+    RPC_MAX_METHOD,
+    RPC_MAX_PING,
+    RPC_MAX_ROUTE,
+    RPC_MAX_TAIL,
+    RPC_SPILL_OVER,
+    RPC_STREAM_BYTES,
+    RPC_STREAM_ITEMS,
+)
+from lattica_protocols.rpc.calls import BOTH_STREAMS, Call, Waiting
+from lattica_protocols.rpc.deadlines import Deadlines
+from lattica_protocols.rpc.frames import (
+    BULK,
+    CANCEL,
+    CLIENT_STREAM,
+    CONNECTION_LOST,
+    CREDIT,
+    CREDIT_HEAD,
+    DEADLINE_EXCEEDED,
+    DETACHED,
+    DETACHED_TRAILER,
+    END,
+    ERROR,
+    FINAL,
+    GOAWAY,
+    HEADER,
+    HELLO,
+    IGNORABLE,
+    ITEM,
+    KEYWORDS,
+    PING,
+    REQUEST,
+    REQUEST_FRAME,
+    REQUEST_PRELUDE,
+    RESOURCE_EXHAUSTED,
+    RESPONSE,
+    SERVER_STREAM,
+    Buffer,
+    Hello,
+    decode_hello_head_untrusted,
+    encode_detached,
+    encode_error_head,
+    encode_frame,
+    encode_hello,
+)
+from lattica_protocols.rpc.inbox import FrameReader
+from lattica_protocols.rpc.tails import DetachedTails
+
+Event: TypeAlias = tuple[int, Call, bytes, Buffer]
+"""`(kind, call, head, tail)`"""
+
+_MESSAGES = (RESPONSE, ITEM)
+_CONTROLS = (END, ERROR, CANCEL, CREDIT)
+_ENDINGS = (RESPONSE, ERROR)
+_MISPLACED = (HELLO, BULK)
+
+
+@dataclass(frozen=True, slots=True)
+class RpcLimits:
+    """What one side of a connection accepts. Reasons: `limits.py`."""
+
+    calls: int = RPC_MAX_CALLS
+    """Inbound calls at once."""
+    tail: int = RPC_MAX_TAIL
+    """Longest tail, bytes."""
+    held: int = RPC_MAX_HELD
+    """Bytes of messages that the peer can make us hold."""
+    detach_over: int | None = RPC_DETACH_OVER
+    """Tails longer than this are sent detached; `None`: never, there is no other way to the peer."""
+
+
+DEFAULT_LIMITS = RpcLimits()
+
+
+class RpcConnection:
+    """One control stream, one side. Every method is synchronous and cheap; none may be called by two threads.
+
+    `initiator`: we opened the stream. `session`: 16 random bytes, from the initiator. `allocate(length)`
+    gives the buffer for a tail. A `RemoteProtocolError` out of a `receive_*` method means: reset the stream
+    and call `connection_lost`. A `LocalProtocolError` out of a verb means that nothing was sent and the call
+    goes on. """
+
+    def __init__(
+        self,
+        *,
+        initiator: bool,
+        session: bytes = b"",
+        limits: RpcLimits = DEFAULT_LIMITS,
+        features: frozenset[str] = frozenset(),
+        allocate: Callable[[int], Buffer] = bytearray,
+    ) -> None:
+        self.limits = limits
+        self.peer: Hello | None = None
+        """What the other side said in its HELLO."""
+        self.peer_calls = RPC_INITIAL_CALLS
+        self.peer_tail = RPC_MAX_TAIL
+        self.going_away = False
+        """One side sent GOAWAY: no new calls."""
+        self.lost = False
+        self.session_call = Call(0, True, 0, "", b"", None)
+        """Stands for the session in events that belong to no call (PING, GOAWAY)."""
+        self.outbound_calls = 0
+        self.inbound_calls = 0
+        self._calls: dict[int, Call] = {}
+        self._parity = 1 if initiator else 0
+        self._next_id = 1 if initiator else 2
+        self._next_tail_id = 0
+        self._held = 0
+        self._now = 0.0
+        self._allocate = allocate
+        self._deadlines = Deadlines()
+        self._tails = DetachedTails()
+        self._reader = FrameReader(self._frame, self._open_inline_tail)
+        self._events: list[Event] = []
+        self._detached: list[tuple[int, int, Sequence[Buffer]]] = []
+        self._long_output = False
+        hello = Hello(session, False, limits.calls, limits.tail, features)
+        self._output: list[Buffer] = [encode_hello(hello)]
+
+    # -- network -----------------------------------------------------------------------------------
+    def receive_data(self, data: Buffer, now: float) -> None:
+        """Bytes of the control stream. `data` is not kept and may be used again."""
+        self._now = now
+        self._reader.receive_data(data)
+
+    def expect_tail(self, tail_id: int, length: int) -> Buffer | None:
+        """A detached tail is about to arrive: a buffer for it, or None to throw it away as it comes."""
+        if not self._tails.wanted(tail_id, length):
+            return None
+        if length > self.limits.tail:
+            raise RemoteProtocolError(f"a tail of {length} bytes is over the limit of {self.limits.tail}")
+        if self._tails.early_bytes + length > self.limits.held:
+            raise RemoteProtocolError("detached tails without frames hold too many bytes")
+        return self._allocate(length)
+
+    def receive_tail(self, tail_id: int, tail: Buffer) -> None:
+        """A detached tail is here, from a bulk stream or a file descriptor; it now belongs to the machine."""
+        call = self._tails.arrived(tail_id, tail)
+        if call is not None:
+            self._deliver_waiting(call)
+
+    def drop_tail(self, tail_id: int) -> None:
+        """A tail that `expect_tail` did not want went by."""
+        self._tails.dropped(tail_id)
+
+    def connection_lost(self, reason: str = "the connection was lost") -> None:
+        """Every call ends: ours with ERROR(CONNECTION_LOST), the peer's with CANCEL. Safe to call twice."""
+        self.lost = True
+        self._tails.clear()
+        head = encode_error_head(CONNECTION_LOST, "ConnectionLost", reason)
+        for call in list(self._calls.values()):
+            call.waiting = None
+            self._finish(call)
+            if call.outbound:
+                self._events.append((ERROR, call, head, b""))
+            elif call.announced:
+                self._events.append((CANCEL, call, b"", b""))
+        self._output.clear()
+        self._detached.clear()
+
+    # -- output ------------------------------------------------------------------------------------
+    def poll_transmit(self) -> list[Buffer]:
+        """Buffers for the control stream, in order. Short output comes as one buffer."""
+        output = self._output
+        if len(output) > 1 and not self._long_output:
+            self._output = []
+            return [b"".join(output)]
+        self._output = []
+        self._long_output = False
+        return output
+
+    def poll_detached(self) -> list[tuple[int, int, Sequence[Buffer]]]:
+        """`(tail id, length, buffers)` of tails that go another way. After `poll_transmit`, whose frames
+        name them."""
+        detached = self._detached
+        if detached:
+            self._detached = []
+        return detached
+
+    def poll_events(self) -> list[Event]:
+        """All events since the last time."""
+        events = self._events
+        if events:
+            self._events = []
+        return events
+
+    def next_event(self) -> Event | None:
+        """The next event alone, `None` when there is none."""
+        return self._events.pop(0) if self._events else None
+
+    # -- time --------------------------------------------------------------------------------------
+    def next_timeout(self) -> float | None:
+        """When `handle_timer` wants to be called."""
+        return self._deadlines.next_timeout()
+
+    def handle_timer(self, now: float) -> None:
+        """End the calls whose deadline has passed, on this side and on the other."""
+        for call in self._deadlines.pop_expired(now):
+            message = "the deadline of the call has passed"
+            head = encode_error_head(DEADLINE_EXCEEDED, "DeadlineExceeded", message)
+            if call.outbound:
+                self.cancel(call)
+                self._events.append((ERROR, call, head, b""))
+            else:
+                self._send(ERROR, FINAL, call.id, head)
+                self._end_inbound(call)
+
+    # -- verbs of a caller -------------------------------------------------------------------------
+    def can_open(self) -> bool:
+        """One more call is within what the other side accepts."""
+        return self.outbound_calls < self.peer_calls and not self.going_away and not self.lost
+
+    def open_call(
+        self,
+        method: str,
+        args: bytes,
+        tails: Sequence[Buffer] = (),
+        *,
+        flags: int = 0,
+        deadline: float | None = None,
+        now: float = 0.0,
+        route: bytes = b"",
+        owner: object = None,
+    ) -> Call:
+        """Send a REQUEST. `args` and `tails` come from `tensors.encode_args`; buffers are kept until they are
+        sent.
+
+        Raises `LocalProtocolError` when the session is over or a length is over its limit.
+        """
+        if self.lost or self.going_away:
+            raise LocalProtocolError("the session takes no new calls")
+        call_id = self._next_id
+        while call_id in self._calls or call_id == 0:
+            call_id = (call_id + 2) & 0xFFFFFFFF
+        name = method.encode()
+        if not 0 < len(name) <= RPC_MAX_METHOD or len(route) > RPC_MAX_ROUTE:
+            raise LocalProtocolError(f"method or route has a wrong length: {method!r}")
+        deadline_ms = 0
+        if deadline is not None:
+            deadline_ms = min(max(1, int((deadline - now) * 1000)), 0xFFFFFFFF)
+        head_length = 6 + len(route) + len(name) + len(args)
+        if tails:
+            self._send(REQUEST, flags, call_id, b"".join((
+                REQUEST_PRELUDE.pack(deadline_ms, len(route), len(name)), route, name, args,
+            )), tails)  # fmt: skip
+        elif head_length > RPC_MAX_HEAD:
+            raise LocalProtocolError(f"arguments of {len(args)} bytes do not fit into a head")
+        else:
+            self._output.append(b"".join((
+                REQUEST_FRAME.pack(
+                    head_length, REQUEST, flags, head_length, call_id, deadline_ms, len(route), len(name)
+                ),
+                route, name, args,
+            )))  # fmt: skip
+        self._next_id = (call_id + 2) & 0xFFFFFFFF
+        call = Call(call_id, True, flags, method, route, deadline)
+        call.owner = owner
+        self._calls[call_id] = call
+        self.outbound_calls += 1
+        if deadline is not None:
+            self._deadlines.add(deadline, call)
+        return call
+
+    def cancel(self, call: Call) -> None:
+        """End our own call: the other side hears of it, no event follows."""
+        if not call.over:
+            self._send(CANCEL, FINAL, call.id, b"")
+            self._finish(call)
+
+    # -- verbs of a callee -------------------------------------------------------------------------
+    def respond(self, call: Call, head: bytes, tails: Sequence[Buffer] = ()) -> None:
+        """The result of an inbound call, which is over with it."""
+        if not call.over:
+            self._send(RESPONSE, FINAL, call.id, head, tails)
+            self._finish(call)
+
+    def fail(self, call: Call, code: int, kind: str, message: str) -> None:
+        """End an inbound call with an error."""
+        if not call.over:
+            self._send(ERROR, FINAL, call.id, encode_error_head(code, kind, message))
+            self._finish(call)
+
+    # -- verbs of both -----------------------------------------------------------------------------
+    def send_item(self, call: Call, head: bytes, tails: Sequence[Buffer] = ()) -> None:
+        """One message of a stream. Wait for `call.can_send()` first: `LocalProtocolError` without credit."""
+        if call.over:
+            return
+        flow = call.flow
+        if flow is None or flow.local_ended or not call.can_send():
+            raise LocalProtocolError("no credit to send on this call, or its direction has ended")
+        flow.send_items -= 1
+        flow.send_bytes -= self._send(ITEM, 0, call.id, head, tails)
+
+    def end(self, call: Call) -> None:
+        """No more ITEMs from us. From the callee it ends the call."""
+        flow = call.flow
+        if call.over or flow is None or flow.local_ended:
+            return
+        flow.local_ended = True
+        self._send(END, 0 if call.outbound else FINAL, call.id, b"")
+        if not call.outbound:
+            self._finish(call)
+
+    def grant(self, call: Call, items: int, nbytes: int) -> None:
+        """The application consumed ITEMs of `nbytes` (head + tail): the sender may send as many again."""
+        flow = call.flow
+        if call.over or flow is None or flow.remote_ended:
+            return
+        flow.owed_items += items
+        flow.owed_bytes += nbytes
+        if flow.owed_items * 2 >= RPC_STREAM_ITEMS or flow.owed_bytes * 2 >= RPC_STREAM_BYTES:
+            self._send(CREDIT, 0, call.id, CREDIT_HEAD.pack(flow.owed_items, flow.owed_bytes))
+            self._release(call, flow.owed_items, flow.owed_bytes)
+            flow.owed_items = flow.owed_bytes = 0
+
+    def ping(self, payload: bytes = b"") -> None:
+        """Ask for a sign of life; the answer is a PING event with the same head."""
+        self._send(PING, 0, 0, payload[:RPC_MAX_PING])
+
+    def go_away(self) -> None:
+        """Ask for no new calls. Those that run finish."""
+        self.going_away = True
+        self._send(GOAWAY, 0, 0, b"")
+
+    # -- forwarding --------------------------------------------------------------------------------
+    def forward(
+        self,
+        inbound: Call,
+        args: bytes,
+        tail: Buffer,
+        *,
+        route: bytes = b"",
+        now: float,
+        owner: object = None,
+    ) -> Call:
+        """Open on this connection the second half of a call that came in on another one. Both are relayed
+        from now on.
+
+        `args` and `tail` are those of the REQUEST event, untouched. Errors as in `open_call`.
+        """
+        call = self.open_call(
+            inbound.method, args, (tail,) if len(tail) else (),
+            flags=inbound.flags, deadline=inbound.deadline, now=now, route=route, owner=owner,
+        )  # fmt: skip
+        call.relayed = inbound.relayed = True
+        return call
+
+    def relay(self, call: Call, kind: int, head: bytes, tail: Buffer = b"") -> None:
+        """Pass on a frame that came as an event of the other half. `call` is the half on this connection."""
+        if call.over:
+            return
+        if kind == CREDIT and call.flow is not None:
+            items, nbytes = CREDIT_HEAD.unpack(head)
+            self._release(call, items, nbytes)
+        final = kind in (RESPONSE, ERROR, CANCEL) or (kind == END and not call.outbound)
+        self._send(kind, FINAL if final else 0, call.id, head, (tail,) if len(tail) else ())
+        if final:
+            self._finish(call)
+
+    # -- frames that arrive ------------------------------------------------------------------------
+    def _frame(
+        self, kind: int, flags: int, call_id: int, head: bytes, tail: Buffer | None, length: int
+    ) -> None:
+        call = self._calls.get(call_id)
+        if kind == RESPONSE and call is not None and not flags & DETACHED and call.waiting is None:
+            if not call.outbound or call.flags & SERVER_STREAM or tail is None or self.peer is None:
+                self._refuse_response(call, tail, length)
+                return
+            call.over = True  # the hot path of `_finish`
+            del self._calls[call_id]
+            self.outbound_calls -= 1
+            self._held -= call.held
+            self._events.append((RESPONSE, call, head, tail))
+            return
+        if self.peer is None:
+            self._hello(kind, head)
+            return
+        tail_id = -1
+        if flags & DETACHED:
+            tail_id, length = self._detached_trailer(kind, tail)
+            tail = None
+        if kind == REQUEST:
+            self._request(flags, call_id, call, head, tail, tail_id, length)
+        elif kind in _MESSAGES:
+            if call is None:
+                self._stray(tail_id, length)
+            else:
+                self._message(kind, call, head, tail, tail_id, length)
+        elif length:
+            if not flags & IGNORABLE or kind <= GOAWAY:
+                raise RemoteProtocolError(f"frame of kind {kind} has a tail")
+        elif kind in _CONTROLS:
+            if call is not None:
+                self._control(kind, call, head)
+        else:
+            self._session_frame(kind, flags, head)
+
+    def _hello(self, kind: int, head: bytes) -> None:
+        if kind != HELLO:
+            raise RemoteProtocolError(f"the first frame is of kind {kind}, not HELLO")
+        hello = decode_hello_head_untrusted(head)
+        if hello.bulk:
+            raise RemoteProtocolError("a bulk stream's hello on a control stream")
+        self.peer = hello
+        self.peer_calls, self.peer_tail = hello.calls, hello.tail
+        self._events.append((HELLO, self.session_call, head, b""))
+
+    def _session_frame(self, kind: int, flags: int, head: bytes) -> None:
+        if kind == PING:
+            if len(head) > RPC_MAX_PING:
+                raise RemoteProtocolError(f"a ping has at most {RPC_MAX_PING} bytes")
+            if flags & FINAL:
+                self._events.append((PING, self.session_call, head, b""))
+            else:
+                self._send(PING, FINAL, 0, head)
+        elif kind == GOAWAY:
+            self.going_away = True
+            self._events.append((GOAWAY, self.session_call, head, b""))
+        elif kind in _MISPLACED:
+            raise RemoteProtocolError("a second HELLO" if kind == HELLO else "BULK on a control stream")
+        elif not flags & IGNORABLE:
+            raise RemoteProtocolError(f"unknown frame kind {kind}")
+
+    def _request(
+        self,
+        flags: int,
+        call_id: int,
+        call: Call | None,
+        head: bytes,
+        tail: Buffer | None,
+        tail_id: int,
+        length: int,
+    ) -> None:
+        if call is not None or (call_id & 1) == self._parity or call_id == 0:
+            raise RemoteProtocolError(f"request with call id {call_id}, which is in use or not the caller's")
+        if len(head) < 7:
+            raise RemoteProtocolError("request head is cut short")
+        deadline_ms, route_length, method_length = REQUEST_PRELUDE.unpack_from(head)
+        args = 6 + route_length + method_length
+        if method_length == 0 or args > len(head):
+            raise RemoteProtocolError("request head: route and method do not fit")
+        try:
+            method = str(head[6 + route_length : args], "utf-8")
+        except UnicodeDecodeError:
+            raise RemoteProtocolError("request head: the method is not UTF-8") from None
+        refusal = self._refusal(tail, tail_id, length)
+        if refusal is not None:
+            if tail_id >= 0:
+                self._tails.discard(tail_id, length)
+            self._send(
+                ERROR, FINAL, call_id, encode_error_head(RESOURCE_EXHAUSTED, "ResourceExhausted", refusal)
+            )
+            return
+        deadline = self._now + deadline_ms / 1000 if deadline_ms else None
+        call = Call(
+            call_id, False, flags & (BOTH_STREAMS | KEYWORDS), method, head[6 : 6 + route_length], deadline
+        )
+        call.held = length
+        self._held += length
+        self._calls[call_id] = call
+        self.inbound_calls += 1
+        if deadline is not None:
+            self._deadlines.add(deadline, call)
+        if tail_id >= 0:
+            self._wait(call, REQUEST, head[args:], None, tail_id, length)
+        else:
+            call.announced = True
+            self._events.append((REQUEST, call, head[args:], tail if tail is not None else b""))
+
+    def _refusal(self, tail: Buffer | None, tail_id: int, length: int) -> str | None:
+        """Why a message is not taken, although it breaks no rule."""
+        if self.inbound_calls >= self.limits.calls:
+            return f"{self.limits.calls} calls are running"
+        if length > self.limits.tail:
+            return f"the message has {length} bytes, the limit is {self.limits.tail}"
+        if self._held + length > self.limits.held or (tail is None and tail_id < 0):
+            return f"messages of {self._held} bytes are waiting"
+        return None
+
+    def _message(
+        self, kind: int, call: Call, head: bytes, tail: Buffer | None, tail_id: int, length: int
+    ) -> None:
+        """RESPONSE or ITEM, with a detached tail or behind one, or an ITEM in the ordinary way."""
+        flow = call.flow
+        if kind == RESPONSE:
+            if not call.outbound or call.flags & SERVER_STREAM:
+                self._refuse_response(call, tail, length)
+        elif flow is None or not call.flags & (SERVER_STREAM if call.outbound else CLIENT_STREAM):
+            raise RemoteProtocolError("an item on a call that does not stream this way")
+        elif flow.remote_ended or flow.receive_items <= 0 or flow.receive_bytes <= 0:
+            raise RemoteProtocolError("an item without credit, or after the end")
+        else:
+            nbytes = len(head) + length
+            flow.receive_items -= 1
+            flow.receive_bytes -= nbytes
+            call.held += nbytes
+            self._held += nbytes
+        if length > self.limits.tail or self._held > self.limits.held or (tail is None and tail_id < 0):
+            if tail_id >= 0:
+                self._tails.discard(tail_id, length)
+            self._abort(call, f"a message of {length} bytes is over the limit")
+        elif tail_id >= 0 or call.waiting is not None:
+            self._wait(call, kind, head, tail, tail_id, length)
+        else:
+            self._deliver(kind, call, head, tail if tail is not None else b"")
+
+    def _control(self, kind: int, call: Call, head: bytes) -> None:
+        """END, ERROR, CANCEL or CREDIT of a call that runs."""
+        flow = call.flow
+        if kind == CREDIT:
+            self._credit(call, head)
+        elif kind == CANCEL:
+            if call.outbound:
+                raise RemoteProtocolError("the callee sent CANCEL")
+            self._end_inbound(call)
+        else:
+            if kind == ERROR:
+                if not call.outbound:
+                    raise RemoteProtocolError("the caller sent ERROR")
+            else:
+                stream = SERVER_STREAM if call.outbound else CLIENT_STREAM
+                if flow is None or flow.remote_ended or not call.flags & stream:
+                    raise RemoteProtocolError(
+                        "an END on a call that does not stream this way, or a second one"
+                    )
+                flow.remote_ended = True
+            if call.waiting is not None:
+                self._wait(call, kind, head, b"", -1, 0)
+            else:
+                self._deliver(kind, call, head, b"")
+
+    def _credit(self, call: Call, head: bytes) -> None:
+        flow = call.flow
+        if flow is None or len(head) != CREDIT_HEAD.size:
+            raise RemoteProtocolError("a CREDIT for a call that does not stream, or of a wrong length")
+        items, nbytes = CREDIT_HEAD.unpack(head)
+        if flow.send_items + items > RPC_MAX_CREDIT or flow.send_bytes + nbytes > RPC_MAX_CREDIT:
+            raise RemoteProtocolError("more credit than anybody can use")
+        if not call.relayed:
+            flow.send_items += items
+            flow.send_bytes += nbytes
+        self._events.append((CREDIT, call, head, b""))
+
+    def _stray(self, tail_id: int, length: int) -> None:
+        """A frame for a call that is over: it crossed with the end."""
+        if tail_id >= 0:
+            self._tails.discard(tail_id, length)
+
+    def _refuse_response(self, call: Call, tail: Buffer | None, length: int) -> None:
+        if self.peer is None:
+            raise RemoteProtocolError("the first frame is not HELLO")
+        if not call.outbound or call.flags & SERVER_STREAM:
+            raise RemoteProtocolError("a RESPONSE from the caller, or on a call that streams")
+        if tail is None:
+            self._abort(call, f"a result of {length} bytes is over the limit of {self.limits.tail}")
+
+    # -- delivery ----------------------------------------------------------------------------------
+    def _deliver(self, kind: int, call: Call, head: bytes, tail: Buffer) -> None:
+        if kind == REQUEST:
+            call.announced = True
+        elif kind in _ENDINGS or (kind == END and call.outbound):
+            self._finish(call)
+        self._events.append((kind, call, head, tail))
+
+    def _wait(
+        self, call: Call, kind: int, head: bytes, tail: Buffer | None, tail_id: int, length: int
+    ) -> None:
+        """Put a frame in its call's queue: its tail, or that of one before it, is still to come."""
+        if call.waiting is None:
+            call.waiting = deque()
+        frame = Waiting(kind, head, tail, tail_id, length)
+        call.waiting.append(frame)
+        if tail_id >= 0:
+            self._tails.expect(call, frame)
+            self._deliver_waiting(call)
+
+    def _deliver_waiting(self, call: Call) -> None:
+        waiting = call.waiting
+        while waiting and (tail := waiting[0].tail) is not None:
+            frame = waiting.popleft()
+            if not waiting:
+                call.waiting = None
+            self._deliver(frame.kind, call, frame.head, tail)
+
+    def _abort(self, call: Call, reason: str) -> None:
+        """End a call on both sides because a message was over a limit of ours."""
+        head = encode_error_head(RESOURCE_EXHAUSTED, "ResourceExhausted", reason)
+        if call.outbound:
+            self.cancel(call)
+            self._events.append((ERROR, call, head, b""))
+        else:
+            self._send(ERROR, FINAL, call.id, head)
+            self._end_inbound(call)
+
+    def _end_inbound(self, call: Call) -> None:
+        """An inbound call ends before its handler is done."""
+        self._finish(call)
+        if call.announced:
+            self._events.append((CANCEL, call, b"", b""))
+
+    def _finish(self, call: Call) -> None:
+        if call.over:
+            return
+        call.over = True
+        del self._calls[call.id]
+        if call.outbound:
+            self.outbound_calls -= 1
+        else:
+            self.inbound_calls -= 1
+        self._held -= call.held
+        call.held = 0
+        if call.waiting is not None:
+            waiting, call.waiting = call.waiting, None
+            for frame in waiting:
+                if frame.tail is None:
+                    self._tails.discard(frame.tail_id, frame.length)
+
+    def _release(self, call: Call, items: int, nbytes: int) -> None:
+        """The peer may send so much more on this call."""
+        flow = call.flow
+        if flow is not None:
+            flow.receive_items += items
+            flow.receive_bytes += nbytes
+            freed = min(nbytes, call.held)
+            call.held -= freed
+            self._held -= freed
+
+    # -- bytes -------------------------------------------------------------------------------------
+    def _open_inline_tail(self, kind: int, call_id: int, length: int) -> Buffer | None:
+        """Where a long tail on the control stream goes: nowhere when it will be refused anyway."""
+        if length > self.limits.tail or self._held + length > self.limits.held:
+            return None
+        call = self._calls.get(call_id)
+        if kind in _MESSAGES and call is not None:
+            return self._allocate(length)
+        if kind == REQUEST and call is None and self.inbound_calls < self.limits.calls:
+            return self._allocate(length)
+        return None
+
+    def _detached_trailer(self, kind: int, trailer: Buffer | None) -> tuple[int, int]:
+        if trailer is None or len(trailer) != DETACHED_TRAILER.size or kind not in (REQUEST, RESPONSE, ITEM):
+            raise RemoteProtocolError(f"frame of kind {kind} is not a detached one")
+        tail_id, length = DETACHED_TRAILER.unpack(trailer)
+        return tail_id, length
+
+    def _send(self, kind: int, flags: int, call_id: int, head: bytes, tails: Sequence[Buffer] = ()) -> int:
+        """Queue one frame. The bytes it costs against credit."""
+        head_length = len(head)
+        if not tails:
+            self._output.append(HEADER.pack(head_length, kind, flags, head_length, call_id) + head)
+            return head_length
+        length = sum(map(len, tails))
+        if head_length > RPC_MAX_HEAD or length > self.peer_tail:
+            raise LocalProtocolError(f"a message of {length} bytes is over the limit of {self.peer_tail}")
+        detach_over = self.limits.detach_over
+        if detach_over is not None and length > detach_over:
+            tail_id = self._next_tail_id
+            self._next_tail_id = (tail_id + 1) & 0xFFFFFFFF
+            self._output.append(encode_detached(kind, flags, call_id, head, tail_id, length))
+            self._detached.append((tail_id, length, tails))
+        else:
+            self._output.append(encode_frame(kind, flags, call_id, head, length))
+            self._output.extend(tails)
+            if length > RPC_SPILL_OVER:
+                self._long_output = True
+        return head_length + length
