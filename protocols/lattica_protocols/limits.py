@@ -70,3 +70,213 @@ MAX_MULTISTREAM_PROPOSALS = 20
 
 MAX_TLS_CERTIFICATE_BYTES = 8192
 """DER. An RSA host key of 8192 bits with its signature and an RSA-4096 certificate key is under 5 KiB."""
+
+# -- host: peers, connections, streams ----------------------------------------------------------------------------
+MAX_PEERSTORE_PEERS = 20_000
+"""Peers remembered. About 1 kB each: 20 MB at the most, enough for a Kademlia table and all recent provider answers."""
+MAX_ADDRS_PER_PEER = 32
+"""A machine with several interfaces, two transports and a few relays has about 20 addresses."""
+MAX_PROTOCOLS_PER_PEER = 256
+"""kubo lists about 40."""
+MAX_CONNECTIONS = 1024
+"""Connections of one node, both directions. Above it idle ones are closed, then new inbound ones are refused."""
+MAX_CONNECTIONS_PER_PEER = 8
+"""TCP, QUIC and relayed, each in both directions, and two to spare while paths change."""
+MAX_INBOUND_STREAMS_PER_CONNECTION = 512
+"""Inbound streams served at once; go and rust allow 256 per connection, content transfers open more for a moment."""
+NEGOTIATION_TIMEOUT = 10.0
+"""Seconds a peer may take for multistream-select. rust-libp2p uses 10 s."""
+
+
+# -- RPC (/lattica/rpc/1) ---------------------------------------------------------------------------------------
+RPC_MAX_HEAD = 65_535
+"""The head length is a u16. Larger values move into the tail (extension 5)."""
+
+RPC_MAX_TAIL = 1 << 30
+"""One message's buffers. A layer of a 70B model in bf16 is 1.7 GB: it is sent as several tensors of a stream."""
+
+RPC_MAX_VALUE = 16 << 20
+"""msgpack that stands in the tail because it does not fit into a head. Whoever has more sends arrays or a
+stream; each element costs the reader about 50 bytes of objects."""
+
+RPC_MAX_ARRAY = 1 << 20
+"""Elements of one msgpack array: msgpack reserves 8 bytes per claimed element before it sees the first."""
+
+RPC_MAX_RANK = 32
+"""Dimensions of a tensor; NumPy's own limit was 32 before 2.0 and is 64 now."""
+
+RPC_MAX_CALLS = 4096
+"""Inbound calls at once on one control stream: a task of about 3 KB each."""
+
+RPC_INITIAL_CALLS = 64
+"""Calls at once before the other side's HELLO tells its own number."""
+
+RPC_MAX_HELD = 2 << 30
+"""Bytes of messages that one peer can make us hold: tails on their way, arguments of calls that run, items not
+yet consumed. Twice the longest tail, so one of the longest never blocks the small ones."""
+
+RPC_STREAM_ITEMS = 64
+RPC_STREAM_BYTES = 4 << 20
+"""A stream's first credit: 64 items of 64 KiB fill a path of 1 Gbit/s and 32 ms."""
+
+RPC_DETACH_OVER = 64 << 10
+"""Longer tails leave the control stream: 64 KiB take 60 us on a path of 1 GB/s, a small call's latency."""
+
+RPC_MAX_BULK_STREAMS = 16
+"""Bulk streams of one session. More would only share the same path, and each costs a stream window."""
+
+RPC_MAX_EARLY_TAILS = 256
+"""Detached tails that came before the frame they belong to."""
+
+RPC_MAX_METHOD = 255
+RPC_MAX_ROUTE = 255
+"""Both lengths are a u8."""
+
+RPC_MAX_PING = 64
+RPC_MAX_ERROR_KIND = 128
+RPC_MAX_ERROR_MESSAGE = 4096
+"""Characters of an error's text: enough for a message, not for a traceback."""
+
+RPC_MAX_DISCARDED_TAILS = 65_536
+"""Tails still to come for calls that are over. One cancelled stream leaves up to 64; this is 1,024 of them."""
+
+RPC_MAX_CREDIT = 1 << 31
+"""Credit a stream can collect, items or bytes: nobody grants two billion."""
+
+RPC_SPILL_OVER = 32 << 10
+"""Values with longer msgpack go into the tail, so heads on the control stream stay small."""
+
+
+# -- Kademlia -----------------------------------------------------------------------------------------------------
+KAD_MAX_MESSAGE_BYTES = 16 * 1024
+"""One message, both directions. rust-libp2p refuses longer ones (its default), so ours never are."""
+
+KAD_MAX_FOREIGN_MESSAGE_BYTES = 64 * 1024
+"""What we read as an answer: go puts all addresses of 20 peers and many providers in, rust's answers fit 16 KiB."""
+
+KAD_MAX_KEY_BYTES = 256
+"""`/lattica/` + 52 characters of a peer id + a name of 128 bytes, and room for foreign namespaces."""
+
+KAD_MAX_PROVIDER_KEY_BYTES = 80
+"""As go-libp2p-kad-dht: a multihash of 64 bytes with its prefix has 67."""
+
+KAD_MAX_VALUE_BYTES = 8 * 1024
+"""A value with its signature: an answer has to carry it and 20 closer peers within 16 KiB."""
+
+KAD_MAX_PEERS_IN_MESSAGE = 256
+"""Peers decoded from one list of a message: go answers with up to 20 closer peers, and every provider it knows."""
+
+KAD_MAX_CLOSER_PEERS = 20
+"""Closer peers used from one answer: k. An honest answer has no more, a long one would steer the lookup."""
+
+KAD_MAX_PROVIDERS_PER_ANSWER = 64
+"""Providers we put into one answer and use from one answer; the rest is found at the other k - 1 peers."""
+
+KAD_MAX_ADDRS_PER_PEER = 8
+"""Addresses of one peer that we send or use: 20 peers of 8 addresses of 40 bytes fit into 16 KiB with the ids."""
+
+KAD_MAX_DECODED_ADDRS_PER_PEER = 256
+"""Addresses of one peer read from a message before the first usable 8 are taken."""
+
+KAD_MAX_ADDR_BYTES = 512
+"""One address in a message; longer ones are skipped."""
+
+KAD_MAX_LOOKUP_CANDIDATES = 512
+"""Peers that one lookup remembers; the farthest are dropped. 20 answers of 20 peers are 400."""
+
+KAD_MAX_LOOKUP_REQUESTS = 160
+"""Requests of one lookup. Peers that invent ever closer neighbours would keep it going without an end; an honest
+lookup in a network of a million peers with a third of them gone needs about 60."""
+
+KAD_MAX_TABLE_PEERS_PER_SUBNET = 2
+"""Peers of one bucket within one IPv4 /24 or IPv6 /48 (private addresses aside): one operator's machines cannot fill it."""
+
+KAD_PROVIDERS_PER_KEY = 256
+"""Providers kept for one key; the longest unrefreshed one makes room. An answer carries 64."""
+
+KAD_PROVIDER_KEYS_PER_PEER = 4096
+"""Keys that one peer may have itself recorded for here. A peer sharing 100,000 blobs in a network of 1,000 spreads
+2,000 over each of us."""
+
+KAD_MAX_PROVIDER_RECORDS = 50_000
+"""Provider records in all, about 300 bytes each: 15 MB."""
+
+KAD_MAX_VALUES = 8192
+"""Values in all."""
+
+KAD_MAX_VALUES_BYTES = 16 << 20
+"""Bytes of all values together; with KAD_MAX_VALUE_BYTES that is at least 2,048 values."""
+
+KAD_VALUES_PER_PUBLISHER = 256
+"""Values that one publisher may have stored here."""
+
+KAD_REQUESTS_PER_SECOND = 50.0
+"""Requests a second that one peer may send us for long. A lookup asks each peer once, so a busy node sends a few."""
+
+KAD_REQUEST_BURST = 400
+"""Requests it may send at once: a node that announces a few hundred blobs to a small network."""
+
+KAD_STREAMS_PER_PEER = 32
+"""Streams of one peer served at once. Three times alpha: several lookups in parallel reach us with one each."""
+
+KAD_MAX_RECORD_LIFETIME = 30 * 24 * 3600
+"""Seconds. A record that expires later than that from now is refused: it would be there long after its publisher."""
+
+KAD_MAX_NAME_BYTES = 128
+"""The name part of a `/lattica/<publisher>/<name>` key."""
+
+# -- Noise and TCP ------------------------------------------------------------------------------------------------
+MAX_NOISE_HANDSHAKE_BYTES = 8192
+"""One handshake message: an RSA-8192 key and its signature are 2.1 KB, the rest is for extensions we skip."""
+MAX_NOISE_MUXERS = 32
+"""Muxers a peer offers in the handshake; there are two in the world."""
+MAX_UNFINISHED_HANDSHAKES = 256
+"""Accepted sockets that have not proven a peer id yet, all together: each costs a task and a file descriptor."""
+MAX_UNFINISHED_HANDSHAKES_PER_IP = 32
+"""The same from one address, so that one stranger cannot take all places; a NAT with 32 daemons starting at once fits."""
+
+# -- yamux --------------------------------------------------------------------------------------------------------
+YAMUX_INITIAL_WINDOW = 256 * 1024
+"""Set by the specification: what each side may send on a new stream."""
+YAMUX_MAX_WINDOW = 16 * 1024 * 1024
+"""As go-yamux. 1 Gbit/s at 130 ms."""
+YAMUX_MAX_EXTRA_WINDOWS = 64 * 1024 * 1024
+"""Window granted above the initial ones, over all streams of a connection: four streams at their largest."""
+YAMUX_MAX_BUFFERED = 64 * 1024 * 1024
+"""Bytes of one connection that nobody has read yet. A stream that goes over it is reset."""
+YAMUX_MAX_INBOUND_STREAMS = 512
+"""Streams opened by the peer and alive; further ones are reset. Go allows 1000, Rust 512."""
+YAMUX_ACK_BACKLOG = 256
+"""Set by the specification: streams opened and not yet acknowledged."""
+YAMUX_MAX_CONTROL_FRAMES = 2048
+"""Answers (pongs, resets) waiting for a peer that does not read them: 24 KB. More is a flood, and ends the connection."""
+YAMUX_PING_BURST = 64
+"""Pings a peer may send at once; go and js send one in 15-30 s."""
+YAMUX_PINGS_PER_SECOND = 8.0
+"""Pings a peer may send in the long run."""
+
+# -- QUIC ---------------------------------------------------------------------------------------------------------
+MAX_QUIC_STREAMS = 256
+"""Streams a peer has open at once on one connection: as go-libp2p and rust-libp2p. More open as others end."""
+
+QUIC_STREAM_WINDOW_BYTES = 6 * 1024 * 1024
+"""Unread bytes of one stream. 60 MB/s, what Python encrypts, over 100 ms of round trip."""
+
+QUIC_CONNECTION_WINDOW_BYTES = 24 * 1024 * 1024
+"""Unread bytes of all streams of one connection: four stalled streams do not stop the others."""
+
+MAX_QUIC_HANDSHAKE_BYTES = 65536
+"""One TLS message. libp2p certificates have 450 bytes, 8 KiB with an RSA-8192 key."""
+
+MAX_QUIC_HALF_OPEN = 256
+"""Inbound handshakes under way at once. A handshake costs about 5 ms of CPU, so more could not finish in time."""
+
+MAX_QUIC_HALF_OPEN_PER_IP = 32
+"""Of these from one IPv4 address or IPv6 /64: many nodes behind one NAT restart together, hundreds do not."""
+
+QUIC_RETRY_THRESHOLD = 64
+"""From this many half-open handshakes on a stranger proves its address by a Retry round trip first."""
+
+MAX_QUIC_RESETS_PER_SECOND = 50
+"""Stateless resets and version negotiations we answer strangers with: they help a peer that lost its state, but
+must not make us a reflector."""
