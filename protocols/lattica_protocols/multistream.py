@@ -10,7 +10,7 @@ Wire: each message is `uvarint(length) || text || "\\n"`, the length counts the 
                                                  as `uvarint(length) || name || "\\n"`
 
 An initiator that is *lazy* sends the header, its only proposal and the protocol's first bytes in one flight; the answer
-is checked when it comes. A `na` is then an error: what was sent along was garbage to the responder.
+is checked when it comes. After a `na` the stream has to be reset: what was sent along was garbage to the responder.
 
 Both machines: `receive_data(bytes)`, `poll_transmit() -> bytes`, `selected`, `take_leftover()`. They have no timer; a
 responder's answer lies in `poll_transmit` until the caller wants to send it, so it may leave together with the
@@ -90,8 +90,8 @@ class Initiator:
     """The side that opened the stream. It proposes `protocols` in order until one is accepted.
 
     With `lazy` there is exactly one protocol and `selected` is set from the beginning; the caller sends its first bytes
-    right behind `poll_transmit()`. The answer is still to be fed in: `confirmed` says that it came. `refused` is True
-    when the responder has none of the protocols; a lazy proposal that is refused raises `RemoteProtocolError`, too.
+    right behind `poll_transmit()`. The answer is still to be fed in: `confirmed` says that it came. `failed` is True
+    when the responder has none of the protocols; after a lazy proposal the stream is then of no use any more.
     """
 
     def __init__(self, protocols: Sequence[str], *, lazy: bool = False) -> None:
@@ -105,14 +105,14 @@ class Initiator:
         self.selected: str | None = self._protocols[0] if lazy else None
         self.confirmed = False
         """The responder agreed; whatever it sends from now on belongs to the protocol."""
-        self.refused = False
+        self.failed = False
         self._lazy = lazy
         self._propose()
 
     def receive_data(self, data: bytes | bytearray | memoryview) -> None:
         """Bytes of the responder; after it agreed they are kept for `take_leftover`."""
         self._buffer.append(data)
-        while not (self.confirmed or self.refused):
+        while not (self.confirmed or self.failed):
             message = self._buffer.next_message_untrusted()
             if message is None:
                 return
@@ -146,13 +146,12 @@ class Initiator:
             raise RemoteProtocolError(f"the peer answered {message[:100]!r} when asked for {proposal!r}")
         elif self._lazy:
             self.selected = None
-            self.refused = True
-            raise RemoteProtocolError(f"the peer does not support {proposal}")
+            self.failed = True
         elif self._next + 1 < len(self._protocols):
             self._next += 1
             self._propose()
         else:
-            self.refused = True
+            self.failed = True
 
 
 class Responder:
