@@ -280,3 +280,58 @@ QUIC_RETRY_THRESHOLD = 64
 MAX_QUIC_RESETS_PER_SECOND = 50
 """Stateless resets and version negotiations we answer strangers with: they help a peer that lost its state, but
 must not make us a reflector."""
+
+# -- content ------------------------------------------------------------------------------------------------------
+CHUNK_BYTES = 1 << 20
+"""Size of a chunk. Verified as a whole, so it is also what a liar can make us throw away; larger ones gain no speed."""
+
+MAX_BLOB_CHUNKS = 1 << 20
+"""1 TiB a file: 32 MiB of digests in the receiver's memory. Larger models come as folders of shards."""
+
+MAX_INLINE_CHUNKS = 1 << 17
+"""Chunks (128 GiB) whose digests stand in the manifest itself, 4 MiB of them; above that they are in pages."""
+
+HASHES_PER_PAGE = 1 << 15
+"""Digests in one page: 1 MiB, the size of a chunk."""
+
+MAX_OBJECT_BYTES = 16 << 20
+"""A manifest: 4 MiB of digests and the tensor table, or 100,000 files of a folder. It is held in memory whole."""
+
+MAX_FOREIGN_BLOCK_BYTES = 2 << 20
+"""A raw block under a SHA2-256 or BLAKE3 content id: the block limit of bitswap."""
+
+MAX_MANIFEST_TENSORS = 200_000
+"""The largest mixture-of-experts checkpoints list about 90,000 tensors over all their files together."""
+
+MAX_TENSOR_NAME_BYTES = 512
+"""Tensor names are paths of modules; the longest in published models are near 150 characters."""
+
+MAX_TENSOR_DIMENSIONS = 16
+"""NumPy allows 64, models use up to 6."""
+
+MAX_FOLDER_ENTRIES = 100_000
+"""Files in a folder. A dataset in more files than that belongs into archives; 10 MiB of manifest."""
+
+MAX_FOLDER_PATH_BYTES = 1024
+"""A path inside a folder. Together with the destination it has to stay below PATH_MAX (4,096)."""
+
+MAX_PATH_PART_BYTES = 255
+"""NAME_MAX of every common file system."""
+
+MAX_WANTED_BLOBS_PER_STREAM = 64
+"""Blobs one stream asks about: a client opens a stream for a fetch, a folder fetch uses it for its files."""
+
+MAX_QUEUED_CHUNKS = 4096
+"""Chunk requests that wait on one stream. We keep up to 128 in flight; a queued one costs about 150 bytes."""
+
+MAX_QUEUED_OBJECTS = 64
+"""Object requests that wait on one stream: we ask for one manifest and up to 32 pages."""
+
+MAX_CHUNK_RANGES = 1024
+"""Ranges in one request or announcement: 8 KiB."""
+
+MAX_CHUNKS_IN_FLIGHT = 128
+"""Chunks we ask of one source ahead of time: 128 MiB, 1 Gbyte/s over a round trip of 0.1 s."""
+
+MAX_FETCH_SOURCES = 16
+"""Sources of one fetch that send at a time. Each fills a chunk buffer of its own."""

@@ -1,0 +1,445 @@
+"""The host: this peer's identity, its sessions with other peers, and the protocols it serves.
+
+A connection that comes up, dialled or accepted, is registered in the session of its peer and gets one task that
+accepts its streams. Each inbound stream runs through multistream-select and then in its handler, in a task of its
+own; whatever goes wrong there ends that stream and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import trio
+from lattica_protocols.errors import ProtocolError
+from lattica_protocols.limits import (
+    MAX_CONNECTIONS,
+    MAX_CONNECTIONS_PER_PEER,
+    MAX_INBOUND_STREAMS_PER_CONNECTION,
+    NEGOTIATION_TIMEOUT,
+)
+
+from lattica.dialer import dial_first, order_addresses
+from lattica.errors import ConnectError, ConnectionLost, DialError, LatticaError, NoAddresses
+from lattica.interfaces import Connection, Listener, Stream, StreamClass, Transport
+from lattica.listen_addrs import expand_wildcards
+from lattica.negotiate import LazyStream, accept_protocol, select_protocol
+from lattica.peerstore import CONNECTED_TTL, PeerInfo, Peerstore
+from lattica.session import Session
+
+if TYPE_CHECKING:
+    from lattica_protocols.keys import PrivateKey
+    from lattica_protocols.multiaddr import Multiaddr
+    from lattica_protocols.peer_id import PeerId
+
+log = logging.getLogger("lattica.host")
+
+StreamHandler = Callable[[Stream], Awaitable[None]]
+DIAL_TIMEOUT = 15.0
+"""Seconds for one peer, all its addresses together. A punch through two NATs takes at most 5."""
+BULK_UPGRADE_TIMEOUT = 2.0
+"""Seconds that the first bulk stream waits for a TCP connection beside an existing QUIC one."""
+BULK_UPGRADE_RETRY = 300.0
+"""Seconds before TCP is tried again after it failed: a firewall does not change from minute to minute."""
+_EVENT_BUFFER = 4096
+_GRACE = 20.0
+"""Seconds that a new connection is safe from trimming."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerConnected:
+    """The first connection with a peer, or a further one (`first` is false)."""
+
+    peer: PeerId
+    connection: Connection
+    first: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PeerDisconnected:
+    """The last connection with a peer is gone."""
+
+    peer: PeerId
+
+
+@dataclass(frozen=True, slots=True)
+class PeerIdentified:
+    """Identify (or a push) told what the peer speaks."""
+
+    peer: PeerId
+    info: PeerInfo
+
+
+@dataclass(frozen=True, slots=True)
+class AddressesChanged:
+    """Our own advertised addresses changed."""
+
+
+HostEvent = PeerConnected | PeerDisconnected | PeerIdentified | AddressesChanged
+
+
+class Host:
+    """One peer. Made by `open_host`; its tasks live in `nursery`."""
+
+    def __init__(self, key: PrivateKey, nursery: trio.Nursery, *, announce: Sequence[Multiaddr] = ()) -> None:
+        from lattica_protocols.peer_id import PeerId
+
+        self.key = key
+        self.peer_id: PeerId = PeerId.from_public_key(key.public_key)
+        self.nursery = nursery
+        self.rng = random.SystemRandom()
+        self.peerstore = Peerstore(trio.current_time)
+        self.counters: Counter[str] = Counter()
+        self.announce = list(announce)
+        self.gate: Callable[[PeerId], str | None] = lambda peer: None
+        """Returns why a peer may not connect, `None` when it may."""
+        self._transports: list[Transport] = []
+        self._listeners: list[Listener] = []
+        self._handlers: dict[str, StreamHandler] = {}
+        self._sessions: dict[PeerId, Session] = {}
+        self._dials: dict[PeerId, trio.Event] = {}
+        self._upgrade_failed: dict[PeerId, float] = {}
+        self._protected: Counter[PeerId] = Counter()
+        self._subscribers: list[trio.MemorySendChannel[HostEvent]] = []
+
+    # -- protocols ----------------------------------------------------------------------------------------
+    def handle(self, protocol: str, handler: StreamHandler) -> None:
+        """Serve `protocol`: `handler(stream)` runs in a task of its own for each inbound stream."""
+        self._handlers[protocol] = handler
+
+    def unhandle(self, protocol: str) -> None:
+        """Serve `protocol` no more; streams that are open go on."""
+        self._handlers.pop(protocol, None)
+
+    def protocols(self) -> list[str]:
+        """What we serve, as identify tells it."""
+        return sorted(self._handlers)
+
+    async def open_stream(
+        self,
+        peer: PeerId,
+        protocols: str | Sequence[str],
+        *,
+        stream_class: StreamClass = "control",
+        addrs: Sequence[Multiaddr] = (),
+        dial: bool = True,
+        connection: Connection | None = None,
+    ) -> Stream:
+        """A stream to `peer` that speaks one of `protocols` (`stream.protocol` tells which).
+
+        Takes the best connection for `stream_class` (or `connection`), and dials when there is none and `dial` is
+        true. When identify told that the peer speaks the first of them, the proposal travels with the first data.
+        Errors: `ConnectError`, `ConnectionLost`, `ProtocolNotSupported`.
+        """
+        wanted = [protocols] if isinstance(protocols, str) else list(protocols)
+        if connection is None:
+            connection = await self._connection_for(peer, stream_class, addrs, dial)
+        stream = await connection.open_stream()
+        known = self.peerstore.protocols(peer)
+        for protocol in wanted:
+            if protocol in known:
+                return LazyStream(stream, protocol)
+        try:
+            with trio.fail_after(NEGOTIATION_TIMEOUT):
+                await select_protocol(stream, wanted)
+        except trio.TooSlowError:
+            stream.reset()
+            raise ConnectionLost(f"{peer.short()} did not answer the proposal of {wanted[0]}") from None
+        except BaseException:
+            stream.reset()
+            raise
+        return stream
+
+    async def _connection_for(
+        self, peer: PeerId, stream_class: StreamClass, addrs: Sequence[Multiaddr], dial: bool
+    ) -> Connection:
+        best = self.connection(peer, stream_class)
+        if best is None:
+            if not dial:
+                raise ConnectionLost(f"no connection with {peer.short()} is up")
+            return await self.connect(peer, addrs)
+        if stream_class == "bulk" and best.path == "quic" and dial:
+            await self._upgrade_for_bulk(peer)
+            best = self.connection(peer, stream_class) or best
+        return best
+
+    async def _upgrade_for_bulk(self, peer: PeerId) -> None:
+        """Try to put a TCP connection beside a QUIC one: bulk is an order of magnitude quicker over it."""
+        now = trio.current_time()
+        if now < self._upgrade_failed.get(peer, 0.0):
+            return
+        targets = []
+        for addr in self.peerstore.addrs(peer):
+            target = addr.host_port()
+            if target is not None and target[0] == "tcp":
+                targets.append(addr)
+        self._upgrade_failed[peer] = now + BULK_UPGRADE_RETRY
+        if not targets:
+            return
+        with trio.move_on_after(BULK_UPGRADE_TIMEOUT):
+            try:
+                await self._dial(peer, targets)
+            except ConnectError as error:
+                log.debug("bulk_upgrade_failed peer=%s error=%s", peer.short(), error)
+
+    # -- connections --------------------------------------------------------------------------------------
+    def connections(self, peer: PeerId | None = None) -> list[Connection]:
+        """Connections that are up, with one peer or with all."""
+        if peer is not None:
+            session = self._sessions.get(peer)
+            return [] if session is None else list(session.connections)
+        return [c for session in self._sessions.values() for c in session.connections]
+
+    def connection(self, peer: PeerId, stream_class: StreamClass = "control") -> Connection | None:
+        """The best connection with `peer` that is up."""
+        session = self._sessions.get(peer)
+        return None if session is None else session.best(stream_class)
+
+    def peers(self) -> list[PeerId]:
+        """Peers with at least one connection."""
+        return list(self._sessions)
+
+    def protect(self, peer: PeerId) -> None:
+        """Never close this peer's connections for lack of room. Counted: `unprotect` as often."""
+        self._protected[peer] += 1
+
+    def unprotect(self, peer: PeerId) -> None:
+        self._protected[peer] -= 1
+        if self._protected[peer] <= 0:
+            del self._protected[peer]
+
+    async def connect(self, peer: PeerId | None, addrs: Sequence[Multiaddr] = ()) -> Connection:
+        """A connection with `peer`: one that is up, or a new one over `addrs` and all addresses known.
+
+        With `peer` None the first of `addrs` has to name the peer or whoever answers is accepted.
+        Errors: `NoAddresses`, `WrongPeer`, `ConnectError`.
+        """
+        if peer is None:
+            named = [p for p in (addr.peer_id() for addr in addrs) if p is not None]
+            if not named:
+                return await self._dial(None, addrs)
+            peer = named[0]
+        if peer == self.peer_id:
+            raise ConnectError("this is our own peer id")
+        if addrs:
+            self.peerstore.add_addrs(peer, addrs, CONNECTED_TTL)
+        while True:
+            best = self.connection(peer)
+            if best is not None:
+                return best
+            running = self._dials.get(peer)
+            if running is None:
+                break
+            await running.wait()
+        done = self._dials[peer] = trio.Event()
+        try:
+            return await self._dial(peer, self.peerstore.addrs(peer))
+        finally:
+            del self._dials[peer]
+            done.set()
+
+    async def _dial(self, peer: PeerId | None, addrs: Sequence[Multiaddr]) -> Connection:
+        if peer is not None:
+            reason = self.gate(peer)
+            if reason is not None:
+                raise ConnectError(reason)
+        usable = [a for a in addrs if any(t.can_dial(a) for t in self._transports)]
+        if not usable:
+            raise NoAddresses(
+                "no address of this peer is known"
+                if not addrs
+                else f"none of its addresses can be dialled from here: {', '.join(map(str, addrs[:4]))}"
+            )
+        self.counters["dials"] += 1
+        try:
+            with trio.fail_after(DIAL_TIMEOUT):
+                connection = await dial_first(
+                    order_addresses(usable), lambda addr: self._dial_one(addr, peer)
+                )
+        except trio.TooSlowError:
+            raise ConnectError(f"no answer within {DIAL_TIMEOUT:g} s from {', '.join(map(str, usable[:4]))}") from None
+        if not self._register(connection):
+            raise ConnectError("the connection was refused by our own rules or limits")
+        self.peerstore.add_addrs(connection.peer_id, [connection.remote_addr], CONNECTED_TTL)
+        return connection
+
+    async def _dial_one(self, addr: Multiaddr, peer: PeerId | None) -> Connection:
+        for transport in self._transports:
+            if transport.can_dial(addr):
+                return await transport.dial(addr, peer)
+        raise DialError(f"no transport for {addr}")
+
+    async def disconnect(self, peer: PeerId) -> int:
+        """Close all connections with `peer`; how many there were."""
+        connections = self.connections(peer)
+        for connection in connections:
+            await connection.aclose()
+        return len(connections)
+
+    async def on_inbound(self, connection: Connection) -> None:
+        """Transports hand accepted connections over here."""
+        self.counters["inbound_connections"] += 1
+        self._register(connection)
+
+    def _register(self, connection: Connection) -> bool:
+        peer = connection.peer_id
+        reason = self.gate(peer)
+        session = self._sessions.get(peer)
+        if reason is None and peer == self.peer_id:
+            reason = "a connection with ourselves"
+        if reason is None and session is not None and len(session.connections) >= MAX_CONNECTIONS_PER_PEER:
+            reason = "too many connections with this peer"
+        if reason is None and len(self.connections()) >= MAX_CONNECTIONS and not self._trim():
+            reason = "too many connections"
+        if reason is not None:
+            log.info("connection_refused peer=%s reason=%s", peer.short(), reason)
+            self.counters["connections_refused"] += 1
+            connection.abort()
+            return False
+        first = session is None
+        if session is None:
+            session = self._sessions[peer] = Session(peer)
+            self.peerstore.pin(peer)
+        session.connections.append(connection)
+        log.debug("connected peer=%s path=%s addr=%s", peer.short(), connection.path, connection.remote_addr)
+        self.nursery.start_soon(self._serve_connection, session, connection)
+        self._publish(PeerConnected(peer, connection, first))
+        return True
+
+    def _trim(self) -> bool:
+        """Close the idlest connection to make room. False when every one is in use, new or protected."""
+        limit = trio.current_time() - _GRACE
+        idle = [
+            c
+            for c in self.connections()
+            if c.stream_count() == 0 and c.opened_at < limit and c.peer_id not in self._protected
+        ]
+        if not idle:
+            return False
+        min(idle, key=lambda c: c.sent_bytes + c.received_bytes).abort()
+        return True
+
+    async def _serve_connection(self, session: Session, connection: Connection) -> None:
+        slots = trio.Semaphore(MAX_INBOUND_STREAMS_PER_CONNECTION)
+        try:
+            while True:
+                stream = await connection.accept_stream()
+                await slots.acquire()
+                self.nursery.start_soon(self._serve_stream, stream, slots)
+        except ConnectionLost as error:
+            log.debug("connection_ended peer=%s path=%s why=%s", session.peer_id.short(), connection.path, error)
+        finally:
+            connection.abort()
+            session.connections.remove(connection)
+            if not session.connections and self._sessions.get(session.peer_id) is session:
+                del self._sessions[session.peer_id]
+                self.peerstore.unpin(session.peer_id)
+                self._publish(PeerDisconnected(session.peer_id))
+
+    async def _serve_stream(self, stream: Stream, slots: trio.Semaphore) -> None:
+        peer = stream.connection.peer_id
+        try:
+            with trio.fail_after(NEGOTIATION_TIMEOUT):
+                protocol = await accept_protocol(stream, self._handlers)
+            await self._handlers[protocol](stream)
+        except (LatticaError, ProtocolError, trio.TooSlowError) as error:
+            self.counters["streams_failed"] += 1
+            log.debug("stream_failed peer=%s protocol=%s error=%s", peer.short(), stream.protocol, error)
+            stream.reset()
+        except Exception:
+            # A bug in a handler must cost its stream and not the node; it is ours, so it is logged in full.
+            self.counters["handler_bugs"] += 1
+            log.exception("handler_failed peer=%s protocol=%s", peer.short(), stream.protocol)
+            stream.reset()
+        finally:
+            slots.release()
+
+    # -- listening ----------------------------------------------------------------------------------------
+    def add_transport(self, transport: Transport) -> None:
+        """Dial with `transport` from now on."""
+        self._transports.append(transport)
+
+    async def listen(self, addr: Multiaddr) -> Listener:
+        """Listen on `addr`. Errors: `DialError` when it cannot be bound or no transport takes it."""
+        for transport in self._transports:
+            if transport.can_listen(addr):
+                listener = await transport.listen(addr, self.on_inbound)
+                self._listeners.append(listener)
+                self._publish(AddressesChanged())
+                return listener
+        raise DialError(f"no transport can listen on {addr}")
+
+    async def stop_listening(self) -> None:
+        """Accept no more connections; those that are up stay."""
+        listeners, self._listeners = self._listeners, []
+        for listener in listeners:
+            await listener.aclose()
+
+    def listen_addrs(self) -> list[Multiaddr]:
+        """Where we listen, wildcards expanded to the addresses of the interfaces, without `/p2p`."""
+        out: dict[Multiaddr, None] = {}
+        for listener in self._listeners:
+            for addr in listener.addrs:
+                out.update(dict.fromkeys(expand_wildcards(addr)))
+        return list(out)
+
+    def advertised_addrs(self) -> list[Multiaddr]:
+        """What others are told: the configured `announce` addresses, else where we listen."""
+        return list(self.announce) or self.listen_addrs()
+
+    # -- events -------------------------------------------------------------------------------------------
+    def subscribe(self) -> trio.MemoryReceiveChannel[HostEvent]:
+        """Events from now on. A subscriber that falls 4,096 events behind loses the newest, which is logged."""
+        send, receive = trio.open_memory_channel[HostEvent](_EVENT_BUFFER)
+        self._subscribers.append(send)
+        return receive
+
+    def publish_identified(self, peer: PeerId, info: PeerInfo) -> None:
+        """Identify learnt something about `peer`."""
+        self.peerstore.set_info(peer, info)
+        self._publish(PeerIdentified(peer, info))
+
+    def _publish(self, event: HostEvent) -> None:
+        for channel in list(self._subscribers):
+            try:
+                channel.send_nowait(event)
+            except trio.WouldBlock:
+                self.counters["events_lost"] += 1
+                log.warning("event_lost event=%s", type(event).__name__)
+            except trio.BrokenResourceError:
+                self._subscribers.remove(channel)
+
+    async def aclose(self) -> None:
+        """Stop listening and say goodbye to every peer."""
+        await self.stop_listening()
+        async with trio.open_nursery() as closing:
+            for connection in self.connections():
+                closing.start_soon(connection.aclose)
+
+
+@asynccontextmanager
+async def open_host(
+    key: PrivateKey,
+    transports: Callable[[Host], Sequence[Transport]],
+    *,
+    listen: Sequence[Multiaddr] = (),
+    announce: Sequence[Multiaddr] = (),
+) -> AsyncIterator[Host]:
+    """A running host with `transports(host)`, listening on `listen`. Leaving the block closes everything."""
+    async with trio.open_nursery() as nursery:
+        host = Host(key, nursery, announce=announce)
+        for transport in transports(host):
+            host.add_transport(transport)
+        try:
+            for addr in listen:
+                await host.listen(addr)
+            yield host
+        finally:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + 2.0):
+                await host.aclose()
+            nursery.cancel_scope.cancel()

@@ -1,0 +1,60 @@
+"""Install the other implementations, each from PyPI into a place of its own below `.venv-peers`.
+
+* Go: `p2pd` (go-libp2p) is a static binary inside the hivemind wheel; nothing of hivemind itself is installed.
+* Rust: the `lattica` wheel (rust-libp2p), in a virtual environment of its own because it would shadow our package.
+
+Run directly (`python tests/interop/install_peers.py`) or through the fixtures; done once, repeated calls do nothing.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PEERS = ROOT / ".venv-peers"
+HIVEMIND = "hivemind==1.1.12"
+RUST_LATTICA = "lattica==1.0.21"
+
+
+def _pip(python: Path | str, *args: str) -> None:
+    command = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check", *args]
+    subprocess.run(command, check=True, timeout=600, stdin=subprocess.DEVNULL)
+
+
+def install_p2pd() -> Path:
+    """The path of the Go daemon."""
+    binary = PEERS / "p2pd"
+    if not binary.exists():
+        wheels = PEERS / "wheels"
+        wheels.mkdir(parents=True, exist_ok=True)
+        _pip(
+            sys.executable, "download", "--no-deps", "--only-binary=:all:",
+            "--platform=manylinux2014_x86_64", "-d", str(wheels), HIVEMIND,
+        )  # fmt: skip
+        (wheel,) = wheels.glob("hivemind-*.whl")
+        partial = binary.with_suffix(".partial")
+        with zipfile.ZipFile(wheel) as archive:
+            partial.write_bytes(archive.read("hivemind/hivemind_cli/p2pd"))
+        partial.chmod(0o755)
+        partial.rename(binary)
+    return binary
+
+
+def install_rust_lattica() -> Path:
+    """The python of an environment with the Rust wheel."""
+    home = PEERS / "rust"
+    python = home / "bin" / "python"
+    done = home / ".done"
+    if not done.exists():
+        venv.create(home, with_pip=True, clear=True)
+        _pip(python, "install", "--only-binary=lattica", RUST_LATTICA)
+        done.touch()
+    return python
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"{install_p2pd()}\n{install_rust_lattica()}\n")

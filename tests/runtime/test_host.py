@@ -1,0 +1,236 @@
+"""Hosts on the in-memory network: sessions, negotiation, identify, ping, and what goes wrong."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+from lattica_protocols.errors import RemoteProtocolError
+
+from lattica.errors import (
+    ConnectError,
+    ConnectionLost,
+    NoAddresses,
+    ProtocolNotSupported,
+    StreamReset,
+    WrongPeer,
+)
+from lattica.host import Host, PeerConnected, PeerDisconnected, PeerIdentified
+from lattica.identify import IdentifyService
+from lattica.interfaces import Stream
+from lattica.negotiate import LazyStream
+from lattica.ping import PingService
+from lattica.testing import MemoryNetwork, open_memory_host
+
+
+async def echo(stream: Stream) -> None:
+    while data := await stream.receive_some():
+        await stream.send_all(data)
+    await stream.aclose()
+
+
+@asynccontextmanager
+async def two_hosts(latency: float = 0.0) -> AsyncIterator[tuple[Host, Host]]:
+    network = MemoryNetwork(latency)
+    async with open_memory_host(network, 1) as one, open_memory_host(network, 2) as two:
+        one.peerstore.add_addrs(two.peer_id, two.listen_addrs(), 60)
+        yield one, two
+
+
+def test_a_stream_is_negotiated_and_echoes(run_mocked) -> None:
+    async def main() -> None:
+        async with two_hosts(0.05) as (one, two):
+            two.handle("/echo/1", echo)
+            stream = await one.open_stream(two.peer_id, ["/other/1", "/echo/1"])
+            assert stream.protocol == "/echo/1"
+            await stream.send_all(b"hello")
+            assert await stream.receive_exactly(5) == b"hello"
+            await stream.close_write()
+            assert await stream.receive_some() == b""
+
+    run_mocked(main)
+
+
+def test_a_known_protocol_costs_one_round_trip(run_mocked) -> None:
+    """After identify the proposal travels with the data: one round trip from opening to the answer."""
+
+    async def main() -> None:
+        async with two_hosts(0.05) as (one, two):
+            two.handle("/echo/1", echo)
+            await identified(one, two)
+            started = trio.current_time()
+            stream = await one.open_stream(two.peer_id, "/echo/1")
+            assert isinstance(stream, LazyStream)
+            await stream.send_all(b"hello")
+            assert await stream.receive_exactly(5) == b"hello"
+            assert trio.current_time() - started == pytest.approx(0.1, abs=0.01)
+
+    run_mocked(main)
+
+
+async def identified(one: Host, two: Host) -> None:
+    for host in (one, two):
+        host.nursery.start_soon(lambda h=host: IdentifyService(h).run(unix_now=1_700_000_000))
+    await trio.testing.wait_all_tasks_blocked()
+    events = one.subscribe()
+    await one.connect(two.peer_id)
+    async for event in events:
+        if isinstance(event, PeerIdentified):
+            return
+
+
+def test_a_lazy_proposal_that_is_refused_after_all(run_mocked) -> None:
+    async def main() -> None:
+        async with two_hosts() as (one, two):
+            two.handle("/echo/1", echo)
+            await identified(one, two)
+            two.unhandle("/echo/1")
+            stream = await one.open_stream(two.peer_id, "/echo/1")
+            with pytest.raises((ProtocolNotSupported, StreamReset)):
+                await stream.receive_some()
+
+    run_mocked(main)
+
+
+def test_lazy_stream_with_a_sink(run_mocked) -> None:
+    class Sink:
+        def __init__(self) -> None:
+            self.data = b""
+            self.ended = trio.Event()
+
+        def data_received(self, data: memoryview) -> None:
+            self.data += data
+
+        def eof_received(self) -> None:
+            self.ended.set()
+
+        def stream_closed(self, error: Exception | None) -> None:
+            pass
+
+    async def main() -> None:
+        async with two_hosts(0.01) as (one, two):
+            two.handle("/echo/1", echo)
+            await identified(one, two)
+            stream = await one.open_stream(two.peer_id, "/echo/1")
+            sink = Sink()
+            stream.set_sink(sink)
+            stream.write(b"a" * 1000, b"b" * 1000)
+            await stream.close_write()
+            await sink.ended.wait()
+            assert sink.data == b"a" * 1000 + b"b" * 1000
+
+    run_mocked(main)
+
+
+def test_nobody_speaks_the_protocol(run_mocked) -> None:
+    async def main() -> None:
+        async with two_hosts() as (one, two):
+            with pytest.raises(ProtocolNotSupported, match="/nothing/1"):
+                await one.open_stream(two.peer_id, "/nothing/1")
+
+    run_mocked(main)
+
+
+def test_unknown_peer_wrong_peer_and_ourselves(run_mocked) -> None:
+    async def main() -> None:
+        network = MemoryNetwork()
+        async with open_memory_host(network, 1) as one, open_memory_host(network, 2) as two:
+            async with open_memory_host(network, 3) as three:
+                with pytest.raises(NoAddresses):
+                    await one.connect(two.peer_id)
+                with pytest.raises(WrongPeer, match=str(three.peer_id)):
+                    await one.connect(two.peer_id, three.listen_addrs())
+                with pytest.raises(ConnectError, match="our own"):
+                    await one.connect(one.peer_id)
+
+    run_mocked(main)
+
+
+def test_a_handler_that_fails_costs_its_stream_only(run_mocked, caplog) -> None:
+    async def main() -> None:
+        async with two_hosts() as (one, two):
+
+            async def bug(stream: Stream) -> None:
+                raise ZeroDivisionError("oops")
+
+            async def complaint(stream: Stream) -> None:
+                raise RemoteProtocolError("bad bytes")
+
+            two.handle("/bug/1", bug)
+            two.handle("/complaint/1", complaint)
+            two.handle("/echo/1", echo)
+            for protocol in ("/bug/1", "/complaint/1"):
+                stream = await one.open_stream(two.peer_id, protocol)
+                with pytest.raises(StreamReset):
+                    await stream.receive_some()
+            stream = await one.open_stream(two.peer_id, "/echo/1")
+            await stream.send_all(b"x")
+            assert await stream.receive_some() == b"x"
+            assert two.counters["handler_bugs"] == 1
+            assert two.counters["streams_failed"] == 1
+            assert len(one.connections(two.peer_id)) == 1
+
+    run_mocked(main)
+    assert "oops" in caplog.text
+
+
+def test_a_lost_connection_ends_streams_and_is_told(run_mocked) -> None:
+    async def main() -> None:
+        async with two_hosts() as (one, two):
+            two.handle("/echo/1", echo)
+            events = one.subscribe()
+            stream = await one.open_stream(two.peer_id, "/echo/1")
+            event = await events.receive()
+            assert isinstance(event, PeerConnected)
+            assert event.first
+            for connection in two.connections():
+                connection.abort()
+            with pytest.raises(ConnectionLost):
+                await stream.receive_some()
+            assert await events.receive() == PeerDisconnected(two.peer_id)
+            assert one.peers() == []
+
+    run_mocked(main)
+
+
+def test_concurrent_connects_dial_once(run_mocked) -> None:
+    async def main() -> None:
+        async with two_hosts(0.1) as (one, two):
+            async with trio.open_nursery() as nursery:
+                for _ in range(20):
+                    nursery.start_soon(one.connect, two.peer_id)
+            assert len(one.connections()) == 1
+            assert one.counters["dials"] == 1
+
+    run_mocked(main)
+
+
+def test_a_blocked_peer_is_refused_in_both_directions(run_mocked) -> None:
+    async def main() -> None:
+        async with two_hosts() as (one, two):
+            two.peerstore.add_addrs(one.peer_id, one.listen_addrs(), 60)
+            two.gate = lambda peer: "blocked by a rule" if peer == one.peer_id else None
+            connection = await one.connect(two.peer_id)
+            await connection.closed.wait()
+            with pytest.raises(ConnectError, match="blocked by a rule"):
+                await two.connect(one.peer_id)
+            assert two.peers() == []
+
+    run_mocked(main)
+
+
+def test_ping_and_identify(run_mocked) -> None:
+    async def main() -> None:
+        async with two_hosts(0.02) as (one, two):
+            PingService(two)
+            pinger = PingService(one)
+            await identified(one, two)
+            info = one.peerstore.info(two.peer_id)
+            assert info is not None
+            assert info.agent.startswith("lattica-py/")
+            assert "/ipfs/ping/1.0.0" in info.protocols
+            assert await pinger.ping(two.peer_id) == pytest.approx(0.04, abs=0.005)
+
+    run_mocked(main)
