@@ -30,7 +30,7 @@ A runtime drives it like this, after every stretch of work::
 that leads on, which gives the second half. From then on each event of one half goes to the other by
 `relay(half, kind, head, tail)`, CREDIT included: the window is between the two ends, and both halves watch
 that nobody overdraws it. ERROR and CANCEL events that a machine makes itself (deadline, lost connection,
-limits) are passed on the same way. """
+limits) are passed on the same way."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class RpcConnection:
     `initiator`: we opened the stream. `session`: 16 random bytes, from the initiator. `allocate(length)`
     gives the buffer for a tail. A `RemoteProtocolError` out of a `receive_*` method means: reset the stream
     and call `connection_lost`. A `LocalProtocolError` out of a verb means that nothing was sent and the call
-    goes on. """
+    goes on."""
 
     def __init__(
         self,

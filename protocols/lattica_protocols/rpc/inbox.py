@@ -2,7 +2,7 @@
 
 Chunks of any size are fine and cost linear work. A chunk of whole small frames is copied once and then
 sliced. A long tail goes straight into the buffer that the allocator gave for it: each of its bytes is copied
-once. """
+once."""
 
 from __future__ import annotations
 
