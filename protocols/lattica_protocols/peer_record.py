@@ -3,7 +3,8 @@
     message PeerRecord { bytes peer_id = 1; uint64 seq = 2; repeated AddressInfo addresses = 3; }
     message AddressInfo { bytes multiaddr = 1; }
 
-It travels in a signed envelope, domain `libp2p-peer-record`, type 03 01. Of two records the higher `seq` counts; ours
+It travels in a signed envelope, domain `libp2p-peer-record`, type 03 01. rust-libp2p writes the names that stand in the
+RFC's text (`libp2p-routing-state`, `/libp2p/routing-state-record`); we read both. Of two records the higher `seq` counts; ours
 is the unix time in seconds when the addresses changed.
 """
 
@@ -22,6 +23,8 @@ from lattica_protocols.protobuf import Kind, Message, optional, repeated, requir
 
 PEER_RECORD_DOMAIN = "libp2p-peer-record"
 PEER_RECORD_TYPE = b"\x03\x01"
+_RFC_DOMAIN = "libp2p-routing-state"
+_RFC_TYPE = b"/libp2p/routing-state-record"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,10 @@ class PeerRecord:
     @classmethod
     def open_untrusted(cls, envelope: bytes) -> PeerRecord:
         """Verify an envelope and read the record in it. Addresses we cannot read are left out."""
-        sealed = SignedEnvelope.open_untrusted(envelope, PEER_RECORD_DOMAIN, PEER_RECORD_TYPE)
+        if _RFC_TYPE in envelope:
+            sealed = SignedEnvelope.open_untrusted(envelope, _RFC_DOMAIN, _RFC_TYPE)
+        else:
+            sealed = SignedEnvelope.open_untrusted(envelope, PEER_RECORD_DOMAIN, PEER_RECORD_TYPE)
         message = _PeerRecordMessage.decode_untrusted(sealed.payload)
         peer_id = PeerId.from_bytes_untrusted(message.peer_id)
         if peer_id != sealed.signer:
