@@ -1,0 +1,1 @@
+"""Ways to reach a peer directly: QUIC and TCP."""
