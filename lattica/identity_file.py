@@ -10,9 +10,8 @@ import os
 import stat
 from pathlib import Path
 
-from lattica_protocols.keys import PrivateKey
-
 from lattica.errors import ConfigError
+from lattica_protocols.keys import PrivateKey
 
 _MAX_FILE_BYTES = 4096
 """A stored key has 68 bytes; anything much larger is another file."""

@@ -2,6 +2,8 @@
 
     version 1   01 || uvarint(codec) || multihash; text: multibase, ours is `b` (base 32)
     version 0   a bare SHA2-256 multihash (12 20 || digest), codec dag-pb; text: base 58, `Qm...`
+
+We write version 1 and read both.
 """
 
 from __future__ import annotations

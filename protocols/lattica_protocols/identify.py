@@ -90,7 +90,9 @@ class Identify:
         for part in parts:
             if len(part) > MAX_IDENTIFY_MESSAGE_BYTES:
                 raise RemoteProtocolError(f"identify message of {len(part)} bytes is over the limit")
-        # Joining protobuf messages is what the format defines as merging them.
+            if len(parts) > 1:
+                _IdentifyMessage.decode_untrusted(part)
+        # Joining protobuf messages, each of them whole, is what the format defines as merging them.
         message = _IdentifyMessage.decode_untrusted(b"".join(parts))
         observed = decode_addrs_untrusted([message.observed_addr or b""])
         return cls(

@@ -321,7 +321,7 @@ class Multiaddr:
 
     def _is_local_name(self) -> bool:
         name = next((value for part, value in self._parts[:1] if part.name.startswith("dns")), b"")
-        return name.rstrip(b".").lower().endswith(b"localhost")
+        return name.rstrip(b".").lower().rpartition(b".")[2] == b"localhost"
 
     # -- being a value ---------------------------------------------------------------------------------------
     def __setattr__(self, name: str, value: object) -> None:

@@ -1,8 +1,8 @@
 """Peer ids: the multihash of a public key.
 
-Keys whose protobuf has at most 42 bytes (Ed25519: 36) stand in the id itself (identity multihash `00 24 ||` key), others
-by SHA2-256 (`12 20 ||` digest). Text: base58btc of the multihash (`12D3KooW...`, `Qm...`), which is what we write, or a
-CID of version 1 with the codec libp2p-key (`bafzaa...`), which we also read.
+Keys whose protobuf has at most 42 bytes (Ed25519: 36) stand in the id itself (identity multihash, `00 24 ||` key),
+others by their SHA2-256 (`12 20 ||` digest). Text: base58btc of the multihash (`12D3KooW...`, `Qm...`), which is what
+we write, or a CID of version 1 with the codec libp2p-key (`bafzaa...`), which we also read.
 """
 
 from __future__ import annotations

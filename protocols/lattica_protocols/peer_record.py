@@ -4,8 +4,8 @@
     message AddressInfo { bytes multiaddr = 1; }
 
 It travels in a signed envelope, domain `libp2p-peer-record`, type 03 01. rust-libp2p writes the names that stand in the
-RFC's text (`libp2p-routing-state`, `/libp2p/routing-state-record`); we read both. Of two records the higher `seq` counts; ours
-is the unix time in seconds when the addresses changed.
+RFC's text (`libp2p-routing-state`, `/libp2p/routing-state-record`); we read both. Of two records the higher `seq`
+counts; ours is the unix time in seconds when the addresses changed.
 """
 
 from __future__ import annotations

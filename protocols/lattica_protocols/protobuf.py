@@ -109,7 +109,7 @@ class Message:
     _schemas: ClassVar[dict[type[Message], tuple[list[_Field], dict[int, _Field]]]] = {}
 
     def encode(self) -> bytes:
-        """The message's bytes, fields by number. `LocalProtocolError`: a required field is missing, a number too big."""
+        """The message's bytes. `LocalProtocolError` when a required field is missing or a number is out of range."""
         out = bytearray()
         for field in _schema(type(self))[0]:
             value = getattr(self, field.name)

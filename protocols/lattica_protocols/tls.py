@@ -44,7 +44,7 @@ def make_certificate(
 ) -> x509.Certificate:
     """A certificate that proves `key`.
 
-    `certificate_key` is a fresh P-256 key and `serial` a random positive number below 2**159: entropy is for the caller.
+    `certificate_key` is a fresh P-256 key and `serial` a random positive number below 2**159: entropy is the caller's.
     """
     spki = _subject_public_key_info(certificate_key.public_key())
     signed_key = _encode_signed_key(key.public_key.to_protobuf(), key.sign(SIGNATURE_PREFIX + spki))

@@ -10,7 +10,10 @@ from lattica_protocols import base_encoding as base
     ("data", "text"),
     [
         (b"Hello World!", "2NEpo7TZRRrLZSi2U"),
-        (b"The quick brown fox jumps over the lazy dog.", "USm3fpXnKG5EUBx2ndxBDMPVciP5hGey2Jh4NDv6gmeo1LkMeiKrLJUUBk6Z"),
+        (
+            b"The quick brown fox jumps over the lazy dog.",
+            "USm3fpXnKG5EUBx2ndxBDMPVciP5hGey2Jh4NDv6gmeo1LkMeiKrLJUUBk6Z",
+        ),
         (bytes.fromhex("0000287fb4cd"), "11233QC4"),
         (b"", ""),
         (b"\0\0", "11"),
@@ -28,7 +31,8 @@ def test_base58_refuses(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["bpfsxgidnmfxgsibb", "BPFSXGIDNMFXGSIBB", "zUXE7GvtEk8XTXs1GF8HSGbVA9FCX9SEBPe", "f68656c6c6f", "ueWVzIG1hbmkgIQ"]
+    "text",
+    ["bpfsxgidnmfxgsibb", "BPFSXGIDNMFXGSIBB", "zUXE7GvtEk8XTXs1GF8HSGbVA9FCX9SEBPe", "f68656c6c6f", "ueWVzIG1hbmkgIQ"],
 )
 def test_multibase_round_trip(text: str) -> None:
     data = base.decode_multibase(text)
@@ -47,7 +51,7 @@ def test_multibase_vectors() -> None:
     ("decode", "text"),
     [
         (base.decode_base32, "a"),
-        (base.decode_base32, "ab"[:1] + "1"),
+        (base.decode_base32, "a1"),
         (base.decode_base32, "mz"),
         (base.decode_base32, "me======"),
         (base.decode_base64url, "a"),

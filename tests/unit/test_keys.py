@@ -119,7 +119,7 @@ def test_private_key_does_not_leak() -> None:
     key = PrivateKey.generate(b"s" * 32)
     assert key.seed.hex() not in repr(key)
     with pytest.raises(TypeError):
-        pickle.dumps(key)  # noqa: S301
+        pickle.dumps(key)
     with pytest.raises(ValueError, match="32 bytes"):
         PrivateKey.generate(b"short")
 
@@ -149,9 +149,7 @@ def test_peer_id_specification_examples() -> None:
     cid_form = PeerId.parse("bafzbeie5745rpv2m6tjyuugywy4d5ewrqgqqhfnf445he3omzpjbx5xqxe")
     assert cid_form == PeerId.parse("QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N")
     assert PeerId.parse("12D3KooWD3eckifWpRn9wQpMG9R9hX3sD158z7EqHWmweQAJU5SA").public_key() is not None
-    secp = PeerId.from_public_key(
-        PublicKey.from_protobuf_untrusted(bytes.fromhex(VECTORS["public_keys"]["secp256k1"]))
-    )
+    secp = PeerId.from_public_key(PublicKey.from_protobuf_untrusted(bytes.fromhex(VECTORS["public_keys"]["secp256k1"])))
     assert str(secp) == "16Uiu2HAmLhLvBoYaoZfaMUKuibM6ac163GwKY74c5kiSLg5KvLpY"
 
 

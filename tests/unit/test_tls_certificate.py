@@ -88,7 +88,7 @@ def test_refused_certificates() -> None:
     stray = x509.UnrecognizedExtension(tls.EXTENSION_OID, _good_extension().value + b"x")
     cut_off = x509.UnrecognizedExtension(tls.EXTENSION_OID, _good_extension().value[:-1])
     good = _der(_build((_good_extension(), True)))
-    for certificate, reason in [
+    cases: list[tuple[x509.Certificate | bytes, str]] = [
         (_build(), "no libp2p extension"),
         (_build((_good_extension(), True), (critical, True)), "critical certificate extension 1.2.3.4"),
         (_build((_good_extension(), True), signer=stranger), "not signed by its own key"),
@@ -98,7 +98,8 @@ def test_refused_certificates() -> None:
         (good[:-1], "malformed certificate"),
         (b"", "malformed certificate"),
         (bytes(9000), "over 8192"),
-    ]:
+    ]
+    for certificate, reason in cases:
         with pytest.raises(RemoteProtocolError, match=reason):
             tls.verify_certificate_untrusted(certificate, NOW)
 
@@ -108,7 +109,7 @@ def test_extension_twice_is_refused() -> None:
     der = _der(_build((_good_extension(), True), (other, False)))
     last_arc_changed = der.replace(bytes.fromhex("2b0601040183a25a0102"), bytes.fromhex("2b0601040183a25a0101"))
     assert der != last_arc_changed
-    with pytest.raises(RemoteProtocolError, match="malformed certificate: .*[Dd]uplicate"):
+    with pytest.raises(RemoteProtocolError, match=r"malformed certificate: .*[Dd]uplicate"):
         tls.verify_certificate_untrusted(last_arc_changed, NOW)
 
 
