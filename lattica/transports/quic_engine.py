@@ -132,6 +132,7 @@ class Engine(QuicConnection):
             limit.value = limit.sent = value
         self._pacer = BurstPacer(max_datagram_size=_INITIAL_DATAGRAM_BYTES)
         self._loss._pacer = self._pacer
+        self._written = False
         self._consumed_total = 0
         self._consumed: dict[int, int] = {}
         self._mtu_probe: tuple[int, int] | None = None
@@ -220,6 +221,12 @@ class Engine(QuicConnection):
         if not self._network_paths:
             return []
         self._pacer.begin_turn()
+        if self._written:
+            # An acknowledgement that waits for its timer travels with the data: one packet less each way.
+            self._written = False
+            space = self._spaces.get(tls.Epoch.ONE_RTT)
+            if space is not None and space.ack_at is not None:
+                space.ack_at = min(space.ack_at, now)
         return self.datagrams_to_send(now)
 
     # -- streams ------------------------------------------------------------------------------------------------------
@@ -236,6 +243,7 @@ class Engine(QuicConnection):
 
     def write(self, stream_id: int, data: bytes | bytearray | memoryview) -> None:
         """Copy `data` into the stream's send buffer. `RuntimeError` after `finish` or when `cannot_send`."""
+        self._written = True
         self._streams[stream_id].sender.write(data)  # type: ignore[arg-type]  # it takes any buffer
 
     def finish(self, stream_id: int) -> None:
