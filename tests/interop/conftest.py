@@ -1,0 +1,18 @@
+"""The other implementations, installed once and started per test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from install_peers import install_p2pd, install_rust_lattica
+
+
+@pytest.fixture(scope="session")
+def p2pd_binary() -> Path:
+    return install_p2pd()
+
+
+@pytest.fixture(scope="session")
+def rust_python() -> Path:
+    return install_rust_lattica()
