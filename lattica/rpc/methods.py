@@ -1,0 +1,126 @@
+"""What an object offers to callers, and how each of its methods is run.
+
+| written as | runs |
+|---|---|
+| `async def` | as a task |
+| `async def` with `yield` | as a task; each value is an item of a stream |
+| `def` | in a worker thread |
+| `def` with `yield` | in worker threads, one step at a time; each value is an item of a stream |
+| `def` with `@nonblocking` | at once, in the event loop: for what takes microseconds |
+
+With `@client_streaming` the first argument is an asynchronous iterator over the items that the caller sends
+(not for methods that run in threads). Names with a leading underscore are never offered, and a name is looked up
+in this table only: nothing that a caller sends becomes an attribute access.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def nonblocking(function: F) -> F:
+    """Run this plain `def` in the event loop itself: it must neither wait nor compute for long."""
+    function.__lattica_nonblocking__ = True  # type: ignore[attr-defined]
+    return function
+
+
+def client_streaming(function: F) -> F:
+    """The first argument of this asynchronous method is an iterator over the items that the caller sends."""
+    function.__lattica_client_streaming__ = True  # type: ignore[attr-defined]
+    return function
+
+
+class Style(Enum):
+    """How a method is run."""
+
+    TASK = "task"
+    TASK_STREAM = "task stream"
+    THREAD = "thread"
+    THREAD_STREAM = "thread stream"
+    INLINE = "inline"
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One method that callers can reach."""
+
+    function: Callable[..., Any]
+    style: Style
+    takes_stream: bool
+    """CLIENT_STREAM: the caller sends items."""
+
+    @property
+    def gives_stream(self) -> bool:
+        """SERVER_STREAM: the method yields."""
+        return self.style in (Style.TASK_STREAM, Style.THREAD_STREAM)
+
+    def accepts(self, args: list[Any], kwargs: dict[str, Any]) -> bool:
+        """Whether the arguments fit the signature. Slow: asked only after a TypeError."""
+        try:
+            inspect.signature(self.function).bind(*args, **kwargs)
+        except TypeError:
+            return False
+        except ValueError:  # a built-in without a signature
+            return True
+        return True
+
+
+def methods_of(service: object) -> dict[str, Method]:
+    """The methods of an object, or of a mapping from name to function.
+
+    Raises `ValueError` when there is none, or when a decorator does not fit the function.
+    """
+    if isinstance(service, Mapping):
+        found = {str(name): function for name, function in service.items()}
+    else:
+        found = {name: getattr(service, name) for name in _public_functions(type(service))}
+    methods = {name: _method(name, function) for name, function in found.items() if not name.startswith("_")}
+    if not methods:
+        raise ValueError(f"{service!r} has no public methods to offer")
+    return methods
+
+
+def _public_functions(cls: type) -> list[str]:
+    kinds = (staticmethod, classmethod)
+    names = []
+    for name in dir(cls):
+        if not name.startswith("_"):
+            attribute = inspect.getattr_static(cls, name)
+            if isinstance(attribute, kinds) or inspect.isroutine(attribute):
+                names.append(name)
+    return names
+
+
+def _method(name: str, function: Callable[..., Any]) -> Method:
+    if not callable(function):
+        raise ValueError(f"{name} cannot be called: it is a {type(function).__name__}")
+    inline = getattr(function, "__lattica_nonblocking__", False)
+    takes_stream = getattr(function, "__lattica_client_streaming__", False)
+    plain = _unwrapped(function)
+    if inspect.isasyncgenfunction(plain):
+        style = Style.TASK_STREAM
+    elif inspect.iscoroutinefunction(plain):
+        style = Style.TASK
+    elif inspect.isgeneratorfunction(plain):
+        style = Style.THREAD_STREAM
+    else:
+        style = Style.INLINE if inline else Style.THREAD
+    if inline and style is not Style.INLINE:
+        raise ValueError(f"{name} is marked nonblocking, which is for a plain def")
+    if takes_stream and style not in (Style.TASK, Style.TASK_STREAM):
+        raise ValueError(f"{name} is marked client_streaming, which is for async methods")
+    return Method(function, style, takes_stream)
+
+
+def _unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function behind an object with `__call__`."""
+    if inspect.isroutine(function):
+        return function
+    call: Callable[..., Any] = getattr(function, "func", None) or type(function).__call__
+    return call

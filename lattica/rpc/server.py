@@ -1,0 +1,190 @@
+"""The callee's side: one inbound call, run in the style its method was written in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextvars import ContextVar
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from lattica.errors import CallCancelled
+from lattica.rpc.items import ItemReader, ItemWriter
+from lattica.rpc.methods import Method, Style
+from lattica.rpc.peer_channel import PeerChannel
+from lattica.rpc.pool import Job
+from lattica.rpc.status import status_of
+from lattica_protocols.errors import LocalProtocolError, RemoteProtocolError
+from lattica_protocols.rpc.calls import Call
+from lattica_protocols.rpc.frames import (
+    CANCEL,
+    CANCELLED,
+    CLIENT_STREAM,
+    CREDIT,
+    END,
+    INVALID_ARGUMENT,
+    ITEM,
+    RESOURCE_EXHAUSTED,
+    SERVER_STREAM,
+    Buffer,
+)
+from lattica_protocols.rpc.tensors import decode_args_untrusted, encode_value
+
+if TYPE_CHECKING:
+    from lattica_protocols.peer_id import PeerId
+
+_caller: ContextVar[PeerId] = ContextVar("lattica_rpc_caller")
+
+
+def caller() -> PeerId:
+    """Who made the call that the current task or thread handles. `LookupError` outside of a handler."""
+    return _caller.get()
+
+
+class InboundCall(Job):
+    """One call from a peer."""
+
+    __slots__ = ("_args", "_call", "_channel", "_kwargs", "_method", "_reader", "_threads", "_writer")
+
+    def __init__(
+        self, channel: PeerChannel, call: Call, method: Method, threads: trio.CapacityLimiter
+    ) -> None:
+        super().__init__()
+        self._channel = channel
+        self._call = call
+        self._method = method
+        self._threads = threads
+        self._args: list[Any] = []
+        self._kwargs: dict[str, Any] = {}
+        self._reader: ItemReader | None = None
+        self._writer: ItemWriter | None = None
+
+    # -- before it runs -----------------------------------------------------------------------------------
+    def prepare(self, head: bytes, tail: Buffer) -> bool:
+        """Decode the arguments. False when the call was refused."""
+        call, method = self._call, self._method
+        streams = call.flags & (CLIENT_STREAM | SERVER_STREAM)
+        if streams or method.takes_stream or method.gives_stream:
+            wanted = (CLIENT_STREAM if method.takes_stream else 0) | (
+                SERVER_STREAM if method.gives_stream else 0
+            )
+            if streams != wanted:
+                self._refuse(f"{call.method} {_shape_of(wanted)}; the call {_shape_of(streams)}")
+                return False
+        try:
+            self._args, self._kwargs = decode_args_untrusted(head, tail, call.flags)
+        except (RemoteProtocolError, LocalProtocolError) as error:
+            self._refuse(f"the arguments of {call.method}: {error}")
+            return False
+        if streams:
+            call.owner = self
+            self._reader = ItemReader(self._channel, call)
+            self._writer = ItemWriter(self._channel, call)
+            if method.takes_stream:
+                self._args.insert(0, self._reader)
+        else:
+            call.owner = self
+        return True
+
+    def _refuse(self, message: str) -> None:
+        self._channel.machine.fail(self._call, INVALID_ARGUMENT, "InvalidArgument", message)
+        self._channel.flush()
+
+    # -- while it runs ------------------------------------------------------------------------------------
+    def on_frame(self, kind: int, call: Call, head: bytes, tail: Buffer) -> None:
+        reader, writer = self._reader, self._writer
+        if kind == CANCEL:
+            self.cancel()
+            if reader is not None and writer is not None:
+                reader.finish(CallCancelled(f"the caller ended {call.method}"))
+                writer.wake()
+        elif reader is not None and writer is not None:
+            if kind == ITEM:
+                reader.push(head, tail)
+            elif kind == END:
+                reader.finish()
+            elif kind == CREDIT:
+                writer.wake()
+
+    def run_inline(self) -> None:
+        """For methods that neither wait nor compute for long: no task at all."""
+        token = _caller.set(self._channel.peer)
+        try:
+            head, tails = encode_value(self._method.function(*self._args, **self._kwargs))
+            self._channel.machine.respond(self._call, head, tails)
+        except Exception as error:  # whatever the handler raises is the caller's answer, and its alone
+            self._fail(error)
+        finally:
+            _caller.reset(token)
+
+    async def run(self) -> None:
+        call, channel, style = self._call, self._channel, self._method.style
+        if call.over:
+            return
+        _caller.set(channel.peer)
+        try:
+            if style is Style.TASK:
+                result = await self._method.function(*self._args, **self._kwargs)
+            elif style is Style.TASK_STREAM:
+                await self._run_stream()
+                return
+            elif style is Style.THREAD_STREAM:
+                await self._run_thread_stream()
+                return
+            else:
+                work = partial(self._method.function, *self._args, **self._kwargs)
+                result = await trio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=self._threads)
+            head, tails = encode_value(result)
+            if channel.congested():
+                await channel.writable()
+            channel.machine.respond(call, head, tails)
+            channel.flush()
+        except trio.Cancelled:
+            channel.machine.fail(call, CANCELLED, "Cancelled", f"{call.method} was cancelled by its node")
+            channel.flush()
+            raise
+        except Exception as error:  # whatever the handler raises is the caller's answer, and its alone
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        machine = self._channel.machine
+        if isinstance(error, LocalProtocolError):
+            machine.fail(self._call, RESOURCE_EXHAUSTED, "InvalidResult", f"the result {error}")
+        elif isinstance(error, TypeError) and not self._method.accepts(self._args, self._kwargs):
+            machine.fail(self._call, INVALID_ARGUMENT, "InvalidArgument", str(error))
+        else:
+            machine.fail(self._call, *status_of(error))
+        self._channel.flush()
+
+    async def _run_stream(self) -> None:
+        assert self._writer is not None
+        generator = self._method.function(*self._args, **self._kwargs)
+        try:
+            async for item in generator:
+                await self._writer.send(item)
+        finally:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + 5):  # its `finally` blocks
+                await generator.aclose()
+        self._channel.machine.end(self._call)
+        self._channel.flush()
+
+    async def _run_thread_stream(self) -> None:
+        assert self._writer is not None
+        generator: Iterator[Any] = self._method.function(*self._args, **self._kwargs)
+        done = object()
+        while True:
+            item = await trio.to_thread.run_sync(
+                next, generator, done, abandon_on_cancel=True, limiter=self._threads
+            )
+            if item is done:
+                break
+            await self._writer.send(item)
+        self._channel.machine.end(self._call)
+        self._channel.flush()
+
+
+def _shape_of(streams: int) -> str:
+    takes = "sends items" if streams & CLIENT_STREAM else "sends one message"
+    gives = "gets items" if streams & SERVER_STREAM else "gets one result"
+    return f"{takes} and {gives}"

@@ -1,0 +1,253 @@
+"""The RPC service of a node: calls to peers, and services that peers can call.
+
+    rpc = RpcService(host)
+    rpc.serve("expert", Expert())
+    y = await rpc.call(peer, "expert.forward", x, timeout=5)
+    async for token in rpc.stream(peer, "expert.generate", "hi"): ...
+    async with rpc.open_call(peer, "expert.chat") as call:
+        await call.send("hello")
+        await call.end()
+        async for answer in call: ...
+
+There is one session with a peer, opened by whoever calls first and used by both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import trio
+
+from lattica.errors import DeadlineExceeded
+from lattica.interfaces import Stream
+from lattica.rpc.channel import Channel, Turn
+from lattica.rpc.client import OpenCall, unary_call
+from lattica.rpc.methods import Method, Style, methods_of
+from lattica.rpc.peer_channel import PeerChannel
+from lattica.rpc.pool import TaskPool
+from lattica.rpc.server import InboundCall
+from lattica_protocols.errors import RemoteProtocolError
+from lattica_protocols.rpc.calls import Call
+from lattica_protocols.rpc.connection import DEFAULT_LIMITS, RpcConnection, RpcLimits
+from lattica_protocols.rpc.frames import (
+    HEADER,
+    HEADER_SIZE,
+    HELLO,
+    PROTOCOL_ID,
+    SERVICE_NOT_FOUND,
+    Buffer,
+    decode_hello_head_untrusted,
+)
+from lattica_protocols.rpc.tensors import TAIL_BYTES
+
+if TYPE_CHECKING:
+    from lattica.host import Host
+    from lattica_protocols.peer_id import PeerId
+
+DefaultHandler: TypeAlias = Callable[[Channel, Call, bytes, Buffer], bool]
+"""Takes a REQUEST for a service that is not here, undecoded. True: the call is its own now."""
+
+MAX_HELLO: Final = 1024
+"""Bytes of a HELLO's head: ours has about 60."""
+WORKER_THREADS: Final = 16
+"""Plain `def` handlers that run at once."""
+
+
+class RpcService:
+    """Calls and services of one node."""
+
+    def __init__(self, host: Host, *, limits: RpcLimits = DEFAULT_LIMITS, turn: Turn | None = None) -> None:
+        self.turn = turn if turn is not None else Turn()
+        """Shared with other channels that calls are forwarded to, so that writes stay together."""
+        self._host = host
+        self._limits = limits
+        self._methods: dict[str, Method] = {}
+        self._services: dict[str, list[str]] = {}
+        self._default: DefaultHandler | None = None
+        self._channels: dict[PeerId, PeerChannel] = {}
+        self._sessions: dict[tuple[PeerId, bytes], PeerChannel] = {}
+        self._connecting: dict[PeerId, trio.Lock] = {}
+        self._pool = TaskPool(host.nursery)
+        self._threads = trio.CapacityLimiter(WORKER_THREADS)
+        host.handle(PROTOCOL_ID, self._accept)
+
+    # -- services -------------------------------------------------------------------------------------
+    def serve(self, name: str, service: object) -> None:
+        """Offer the public methods of an object, or a mapping of functions, as `name.method`.
+
+        See `lattica.rpc.methods` for how they run. `ValueError` when the name is taken or has no methods.
+        """
+        if not name or name.startswith("_") or len(name.encode()) > 127:
+            raise ValueError(f"{name!r} is no name for a service: 1 to 127 bytes, no underscore in front")
+        if name in self._services:
+            raise ValueError(f"the service {name} is offered already")
+        methods = {f"{name}.{method}": found for method, found in methods_of(service).items()}
+        self._methods |= methods
+        self._services[name] = sorted(methods)
+
+    def unserve(self, name: str) -> None:
+        """Stop offering a service; calls that run finish. Does nothing when there is none of that name."""
+        for method in self._services.pop(name, []):
+            del self._methods[method]
+
+    def services(self) -> dict[str, list[str]]:
+        """Names of the services offered here, each with its methods."""
+        return {name: list(methods) for name, methods in self._services.items()}
+
+    def set_default_handler(self, handler: DefaultHandler | None) -> None:
+        """Who takes calls for services that are not here: a daemon that knows its workers. See `channel.splice`."""
+        self._default = handler
+
+    # -- calls ------------------------------------------------------------------------------------------
+    async def call(
+        self, peer: PeerId, method: str, /, *args: object, timeout: float | None = None, **kwargs: object
+    ) -> Any:
+        """Call `"service.method"` of a peer and wait for the result. `timeout`: seconds, connecting included.
+
+        Values: see `lattica_protocols.rpc.tensors`. What goes out must not change until the call returns.
+        Cancelling cancels the handler. Errors: `RemoteError` (the handler raised), `ServiceNotFound`,
+        `InvalidArgument`, `ResourceExhausted`, `DeadlineExceeded`, `CallCancelled`, `ConnectionLost` (the peer
+        went away while the call ran), `ConnectError` (no connection could be made), `PeerMisbehaved`.
+        """
+        deadline = None if timeout is None else trio.current_time() + timeout
+        channel = self._channels.get(peer)
+        if channel is None:
+            channel = await self.channel(peer, deadline)
+        return await unary_call(channel, method, args, kwargs, deadline)
+
+    async def stream(
+        self, peer: PeerId, method: str, /, *args: object, timeout: float | None = None, **kwargs: object
+    ) -> AsyncIterator[Any]:
+        """Call a method that yields, and iterate over what it yields. Leaving the loop early: close the iterator
+        (`contextlib.aclosing`), or use `open_call`. Errors as in `call`."""
+        deadline = None if timeout is None else trio.current_time() + timeout
+        call = OpenCall(self, peer, method, args, kwargs, sends=False, receives=True, deadline=deadline)
+        async with call:
+            async for item in call:
+                yield item
+
+    def open_call(
+        self,
+        peer: PeerId,
+        method: str,
+        /,
+        *args: object,
+        sends: bool = True,
+        receives: bool = True,
+        timeout: float | None = None,
+        **kwargs: object,
+    ) -> OpenCall:
+        """A call that streams, for `async with`. `sends`: we send items; `receives`: the method yields items
+        (otherwise it returns one `result()`). Errors as in `call`, raised where the object is used."""
+        deadline = None if timeout is None else trio.current_time() + timeout
+        return OpenCall(self, peer, method, args, kwargs, sends=sends, receives=receives, deadline=deadline)
+
+    async def channel(self, peer: PeerId, deadline: float | None = None) -> PeerChannel:
+        """The session with a peer, opened when there is none. Errors: `ConnectError`, `DeadlineExceeded`."""
+        lock = self._connecting.setdefault(peer, trio.Lock())
+        try:
+            with trio.fail_at(float("inf") if deadline is None else deadline):
+                async with lock:
+                    channel = self._channels.get(peer)
+                    if channel is None or channel.machine.going_away:
+                        stream = await self._host.open_stream(peer, PROTOCOL_ID)
+                        channel = await self._start_session(stream)
+        except trio.TooSlowError:
+            raise DeadlineExceeded(f"the deadline passed before {peer.short()} was connected") from None
+        finally:
+            if not lock.locked():
+                self._connecting.pop(peer, None)
+        return channel
+
+    # -- sessions -----------------------------------------------------------------------------------------
+    async def _start_session(self, stream: Stream) -> PeerChannel:
+        session = self._host.rng.getrandbits(128).to_bytes(16, "little")
+        machine = self._machine(initiator=True, session=session)
+        channel = self._adopt(stream, machine, session)
+        await self._host.nursery.start(self._run, channel)
+        return channel
+
+    async def _accept(self, stream: Stream) -> None:
+        """An inbound stream: a control stream or one for long tails, as its HELLO says."""
+        header = await stream.receive_exactly(HEADER_SIZE)
+        body, kind, _, head_length, _ = HEADER.unpack(header)
+        if kind != HELLO or body != head_length or body > MAX_HELLO:
+            raise RemoteProtocolError("the stream does not begin with HELLO")
+        head = await stream.receive_exactly(body)
+        hello = decode_hello_head_untrusted(head)
+        key = (stream.connection.peer_id, hello.session)
+        if hello.bulk:
+            session = self._sessions.get(key)
+            if session is None:
+                raise RemoteProtocolError("a bulk stream of a session that is not here")
+            await session.serve_bulk(stream)
+            return
+        if not hello.session or key in self._sessions:
+            raise RemoteProtocolError("a session without a name, or with one in use")
+        machine = self._machine(initiator=False, session=b"")
+        machine.receive_data(header + head, trio.current_time())
+        await self._run(self._adopt(stream, machine, hello.session))
+
+    def _machine(self, *, initiator: bool, session: bytes) -> RpcConnection:
+        return RpcConnection(
+            initiator=initiator, session=session, limits=self._limits, allocate=allocate_tail
+        )
+
+    def _adopt(self, stream: Stream, machine: RpcConnection, session: bytes) -> PeerChannel:
+        peer = stream.connection.peer_id
+
+        async def open_bulk() -> Stream:
+            return await self._host.open_stream(peer, PROTOCOL_ID, stream_class="bulk")
+
+        channel = PeerChannel(stream, machine, session, self._on_request, open_bulk, self.turn)
+        self._sessions[peer, session] = channel
+        self._channels.setdefault(peer, channel)
+        if self._channels[peer].machine.going_away:
+            self._channels[peer] = channel
+        return channel
+
+    async def _run(
+        self, channel: PeerChannel, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        try:
+            await channel.run(task_status)
+        finally:
+            del self._sessions[channel.peer, channel.session]
+            if self._channels.get(channel.peer) is channel:
+                del self._channels[channel.peer]
+
+    # -- requests -----------------------------------------------------------------------------------------
+    def _on_request(self, channel: Channel, call: Call, head: bytes, tail: Buffer) -> None:
+        method = self._methods.get(call.method)
+        if method is None:
+            if self._default is None or not self._default(channel, call, head, tail):
+                self._not_found(channel, call)
+            return
+        assert isinstance(channel, PeerChannel)
+        job = InboundCall(channel, call, method, self._threads)
+        if not job.prepare(head, tail):
+            return
+        if method.style is Style.INLINE and not channel.congested():
+            job.run_inline()
+        else:
+            self._pool.start(job)
+
+    def _not_found(self, channel: Channel, call: Call) -> None:
+        service = call.method.rpartition(".")[0]
+        if service in self._services:
+            message = f"the service {service} has no method {call.method.rpartition('.')[2]}"
+        else:
+            message = f"no service {service or call.method} is offered here"
+        channel.machine.fail(call, SERVICE_NOT_FOUND, "ServiceNotFound", message)
+        channel.flush()
+
+
+def allocate_tail(length: int) -> Buffer:
+    """A buffer for a tail: not filled with zeros, because it is written in full before anybody reads it."""
+    if length <= TAIL_BYTES:
+        return bytearray(length)
+    import numpy
+
+    buffer: Any = numpy.empty(length, numpy.uint8)
+    return memoryview(buffer)
