@@ -513,7 +513,7 @@ def test_messages_over_the_limit_are_refused_and_nothing_else_happens(with_pair:
     with_pair(test, tail=1_000_000)
 
 
-def test_unserve(with_pair: Any) -> None:
+def test_unserve(with_pair_and_threads: Any) -> None:
     async def test(pair: Pair) -> None:
         assert "test.echo" in pair.rpc_b.services()["test"]
         with pytest.raises(ValueError, match="already"):
@@ -524,4 +524,4 @@ def test_unserve(with_pair: Any) -> None:
         pair.rpc_b.serve("test", {"plain": lambda: 3})
         assert await pair.call("plain") == 3
 
-    with_pair(test)
+    with_pair_and_threads(test)
