@@ -8,7 +8,7 @@ fixed size or `uvarint(length) || value`. Examples:
     <relay addr>/p2p/RELAY/p2p-circuit/p2p/TARGET
 
 Parts from the network with an unknown code are refused as a whole: the caller skips such an address, for it could not
-dial it anyway. `PART_TABLE` has the codes; `/memory` is ours, for the in-memory network of tests.
+dial it anyway. `PART_TABLE` has the codes; `/memory/NUMBER` (as in rust-libp2p) is for the in-memory network of tests.
 """
 
 from __future__ import annotations
@@ -332,6 +332,9 @@ class Multiaddr:
 
     def __repr__(self) -> str:
         return f"Multiaddr({self._text!r})"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Multiaddr, (self._parts,)  # for `copy`, which otherwise sets attributes
 
     def __hash__(self) -> int:
         return hash(self._bytes)

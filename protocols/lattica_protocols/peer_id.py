@@ -83,6 +83,9 @@ class PeerId:
     def __repr__(self) -> str:
         return f"PeerId({str(self)!r})"
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return PeerId.from_bytes_untrusted, (self._bytes,)  # for `copy`, which otherwise sets attributes
+
     def __hash__(self) -> int:
         return hash(self._bytes)
 

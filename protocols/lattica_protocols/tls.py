@@ -15,12 +15,14 @@ the peer id is the expected one is for the caller. ALPN is `libp2p`, there is no
 from __future__ import annotations
 
 import datetime
+import warnings
 from typing import Final, TypeAlias
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.utils import CryptographyDeprecationWarning
 from cryptography.x509.oid import NameOID
 
 from lattica_protocols.errors import RemoteProtocolError
@@ -69,7 +71,7 @@ def verify_certificate_untrusted(certificate: x509.Certificate | bytes, unix_now
     if len(der) > MAX_TLS_CERTIFICATE_BYTES:
         raise RemoteProtocolError(f"certificate of {len(der)} bytes is over {MAX_TLS_CERTIFICATE_BYTES}")
     try:
-        parsed = x509.load_der_x509_certificate(der) if isinstance(certificate, bytes) else certificate
+        parsed = _load_untrusted(certificate) if isinstance(certificate, bytes) else certificate
         signed_key = _read_extension_untrusted(parsed)
         not_before, not_after = parsed.not_valid_before_utc, parsed.not_valid_after_utc
         spki = _subject_public_key_info(parsed.public_key())
@@ -85,6 +87,13 @@ def verify_certificate_untrusted(certificate: x509.Certificate | bytes, unix_now
     if not key.verify(SIGNATURE_PREFIX + spki, signature):
         raise RemoteProtocolError("the certificate's identity signature is wrong")
     return key
+
+
+def _load_untrusted(der: bytes) -> x509.Certificate:
+    # Serial numbers that are not positive draw a warning. They mean nothing here, and a stranger must not fill our log.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CryptographyDeprecationWarning)
+        return x509.load_der_x509_certificate(der)
 
 
 def _read_extension_untrusted(certificate: x509.Certificate) -> bytes:

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 
 from lattica_protocols.errors import RemoteProtocolError
@@ -213,6 +215,7 @@ def test_being_a_value() -> None:
     assert sorted([second, first]) == [first, second]
     assert repr(first) == "Multiaddr('/ip4/1.2.3.4/tcp/1')"
     assert first != "/ip4/1.2.3.4/tcp/1"
+    assert copy.deepcopy([first, PEER]) == [first, PEER]
     with pytest.raises(AttributeError):
         first._text = ""
 

@@ -104,6 +104,13 @@ def test_refused_certificates() -> None:
             tls.verify_certificate_untrusted(certificate, NOW)
 
 
+def test_a_negative_serial_number_draws_no_warning() -> None:
+    key = ec.derive_private_key(5, ec.SECP256R1())
+    der = _der(_build((_good_extension(key), True), key=key))
+    with pytest.raises(RemoteProtocolError, match="not signed by its own key"):
+        tls.verify_certificate_untrusted(der.replace(b"\x02\x01\x01", b"\x02\x01\xff", 1), NOW)
+
+
 def test_extension_twice_is_refused() -> None:
     other = x509.UnrecognizedExtension(x509.ObjectIdentifier("1.3.6.1.4.1.53594.1.2"), b"anything")
     der = _der(_build((_good_extension(), True), (other, False)))
