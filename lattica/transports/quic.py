@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING
 
 import trio
 from cryptography.hazmat.primitives.asymmetric import ec
-from lattica_protocols.errors import RemoteProtocolError
-from lattica_protocols.tls import make_certificate
 
 from lattica.errors import DialError, LatticaError, WrongPeer
 from lattica.interfaces import Listener, OnConnection, Transport
@@ -24,6 +22,8 @@ from lattica.transports.quic_connection import HANDSHAKE_TIMEOUT_SECONDS, QuicLi
 from lattica.transports.quic_endpoint import Endpoint, new_reset_secret
 from lattica.transports.quic_engine import Address, Credentials
 from lattica.transports.quic_socket import UdpSocket
+from lattica_protocols.errors import RemoteProtocolError
+from lattica_protocols.tls import make_certificate
 
 if TYPE_CHECKING:
     from lattica_protocols.keys import PrivateKey

@@ -26,14 +26,14 @@ from aioquic.quic.packet import (
     pull_quic_header,
 )
 from aioquic.quic.retry import QuicRetryTokenHandler
+
+from lattica.transports.quic_engine import CONNECTION_ID_BYTES, RESET_TOKEN_BYTES, Address, Credentials
 from lattica_protocols.limits import (
     MAX_QUIC_HALF_OPEN,
     MAX_QUIC_HALF_OPEN_PER_IP,
     MAX_QUIC_RESETS_PER_SECOND,
     QUIC_RETRY_THRESHOLD,
 )
-
-from lattica.transports.quic_engine import CONNECTION_ID_BYTES, RESET_TOKEN_BYTES, Address, Credentials
 
 if TYPE_CHECKING:
     from lattica.transports.quic_connection import QuicLink

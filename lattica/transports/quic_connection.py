@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 from aioquic.quic import events
-from lattica_protocols.errors import RemoteProtocolError
-from lattica_protocols.multiaddr import Multiaddr
-from lattica_protocols.peer_id import PeerId
-from lattica_protocols.tls import verify_certificate_untrusted
 
 from lattica.errors import ConnectionLost, DialError, LatticaError, WrongPeer
 from lattica.interfaces import Connection, Direction
 from lattica.transports.quic_engine import ALPN, MAX_DATAGRAM_BYTES, Address, Engine
 from lattica.transports.quic_mtu import BASE_BYTES, PathMtuSearch
 from lattica.transports.quic_stream import QuicStream
+from lattica_protocols.errors import RemoteProtocolError
+from lattica_protocols.multiaddr import Multiaddr
+from lattica_protocols.peer_id import PeerId
+from lattica_protocols.tls import verify_certificate_untrusted
 
 if TYPE_CHECKING:
     from lattica.transports.quic_endpoint import Endpoint

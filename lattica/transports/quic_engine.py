@@ -44,14 +44,14 @@ from aioquic.quic.packet import (
 from aioquic.quic.packet_builder import QuicDeliveryState, QuicPacketBuilder
 from aioquic.quic.recovery import QuicPacketSpace
 from aioquic.quic.stream import QuicStream
+
+from lattica.transports.quic_congestion import ALGORITHM, BurstPacer, Cubic
 from lattica_protocols.limits import (
     MAX_QUIC_HANDSHAKE_BYTES,
     MAX_QUIC_STREAMS,
     QUIC_CONNECTION_WINDOW_BYTES,
     QUIC_STREAM_WINDOW_BYTES,
 )
-
-from lattica.transports.quic_congestion import ALGORITHM, BurstPacer, Cubic
 
 if TYPE_CHECKING:
     from aioquic.quic.events import ConnectionTerminated

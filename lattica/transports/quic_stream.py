@@ -14,10 +14,10 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 import trio
-from lattica_protocols.errors import RemoteProtocolError
 
 from lattica.errors import ConnectionLost, StreamReset
 from lattica.interfaces import Buffer, Stream, StreamSink
+from lattica_protocols.errors import RemoteProtocolError
 
 if TYPE_CHECKING:
     from lattica.transports.quic_connection import QuicLink
@@ -54,6 +54,7 @@ class QuicStream(Stream):
         """Delivered to a paused sink, not yet granted to the peer again."""
         self._discarding = False
         self._discarded = 0
+        self._stop_sent = False
         self._error: Exception | None = None
         self._write_done = False
         self._peer_stopped = False
@@ -168,6 +169,7 @@ class QuicStream(Stream):
     def stop_lingering(self) -> None:
         """The peer still sends although nobody reads any more: tell it."""
         if not self._receive_done:
+            self._stop_sent = True
             self._engine.stop_receiving(self.stream_id, _NO_ERROR)
             self._link.mark_dirty()
 
@@ -202,7 +204,10 @@ class QuicStream(Stream):
         self._receive_done = True
         if self._engine.reset_received(self.stream_id, unread):
             self._link.mark_dirty()
-        self._abort(StreamReset("the stream was reset by the peer"))
+        if self._stop_sent:
+            self._report_if_closed()  # what we asked for
+        else:
+            self._abort(StreamReset("the stream was reset by the peer"))
 
     def peer_stopped(self) -> None:
         """STOP_SENDING: the peer reads no more."""
