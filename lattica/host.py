@@ -16,6 +16,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import trio
+
+from lattica.dialer import dial_first, order_addresses
+from lattica.errors import ConnectError, ConnectionLost, DialError, LatticaError, NoAddresses
+from lattica.interfaces import Connection, Listener, Stream, StreamClass, Transport
+from lattica.listen_addrs import expand_wildcards
+from lattica.negotiate import LazyStream, RefusalPace, accept_protocol, select_protocol
+from lattica.peerstore import CONNECTED_TTL, PeerInfo, Peerstore
+from lattica.session import Session
 from lattica_protocols.errors import ProtocolError
 from lattica_protocols.limits import (
     MAX_CONNECTIONS,
@@ -23,14 +31,6 @@ from lattica_protocols.limits import (
     MAX_INBOUND_STREAMS_PER_CONNECTION,
     NEGOTIATION_TIMEOUT,
 )
-
-from lattica.dialer import dial_first, order_addresses
-from lattica.errors import ConnectError, ConnectionLost, DialError, LatticaError, NoAddresses
-from lattica.interfaces import Connection, Listener, Stream, StreamClass, Transport
-from lattica.listen_addrs import expand_wildcards
-from lattica.negotiate import LazyStream, accept_protocol, select_protocol
-from lattica.peerstore import CONNECTED_TTL, PeerInfo, Peerstore
-from lattica.session import Session
 
 if TYPE_CHECKING:
     from lattica_protocols.keys import PrivateKey
@@ -258,9 +258,7 @@ class Host:
         self.counters["dials"] += 1
         try:
             with trio.fail_after(DIAL_TIMEOUT):
-                connection = await dial_first(
-                    order_addresses(usable), lambda addr: self._dial_one(addr, peer)
-                )
+                connection = await dial_first(order_addresses(usable), lambda addr: self._dial_one(addr, peer))
         except trio.TooSlowError:
             raise ConnectError(f"no answer within {DIAL_TIMEOUT:g} s from {', '.join(map(str, usable[:4]))}") from None
         if not self._register(connection):
@@ -326,11 +324,12 @@ class Host:
 
     async def _serve_connection(self, session: Session, connection: Connection) -> None:
         slots = trio.Semaphore(MAX_INBOUND_STREAMS_PER_CONNECTION)
+        pace = RefusalPace()
         try:
             while True:
                 stream = await connection.accept_stream()
                 await slots.acquire()
-                self.nursery.start_soon(self._serve_stream, stream, slots)
+                self.nursery.start_soon(self._serve_stream, stream, slots, pace)
         except ConnectionLost as error:
             log.debug("connection_ended peer=%s path=%s why=%s", session.peer_id.short(), connection.path, error)
         finally:
@@ -341,11 +340,11 @@ class Host:
                 self.peerstore.unpin(session.peer_id)
                 self._publish(PeerDisconnected(session.peer_id))
 
-    async def _serve_stream(self, stream: Stream, slots: trio.Semaphore) -> None:
+    async def _serve_stream(self, stream: Stream, slots: trio.Semaphore, pace: RefusalPace) -> None:
         peer = stream.connection.peer_id
         try:
             with trio.fail_after(NEGOTIATION_TIMEOUT):
-                protocol = await accept_protocol(stream, self._handlers)
+                protocol = await accept_protocol(stream, self._handlers, pace)
             await self._handlers[protocol](stream)
         except (LatticaError, ProtocolError, trio.TooSlowError) as error:
             self.counters["streams_failed"] += 1

@@ -10,16 +10,18 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING
 
-from lattica_protocols.errors import RemoteProtocolError
-from lattica_protocols.multistream import Initiator, Responder
+import trio
 
 from lattica.errors import ProtocolNotSupported, StreamReset
 from lattica.interfaces import Stream
+from lattica_protocols.errors import RemoteProtocolError
+from lattica_protocols.multistream import NOT_AVAILABLE, Initiator, Responder, encode_message
 
 if TYPE_CHECKING:
     from lattica.interfaces import Buffer, StreamSink
 
 _READ_SIZE = 1024
+_REFUSAL = encode_message(NOT_AVAILABLE)
 
 
 async def select_protocol(stream: Stream, protocols: Sequence[str]) -> str:
@@ -48,17 +50,50 @@ async def select_protocol(stream: Stream, protocols: Sequence[str]) -> str:
     return selected
 
 
-async def accept_protocol(stream: Stream, supported: Container[str]) -> str:
-    """Answer proposals until one is in `supported`. The last answer is queued, not flushed: it leaves with the
-    handler's first bytes, or at the end of this scheduling turn."""
+class RefusalPace:
+    """How fast one connection gets its proposals refused.
+
+    Some peers open the next stream the moment a protocol was refused: the Rust lattica wheel asks for its
+    `/rpc/stream/1.0.0` 700 times a second. After a few free refusals each one waits twice as long as the one before,
+    up to `LONGEST` seconds; a proposal that is accepted starts the count again. Only the refused stream waits.
+    """
+
+    FREE = 16
+    """More protocols than any peer tries in a row before it finds a common one."""
+    FIRST = 0.02
+    LONGEST = 5.0
+    """Under the time that peers give a negotiation, which is 10 s in rust-libp2p and go-libp2p."""
+
+    def __init__(self) -> None:
+        self._refused = 0
+
+    def next_delay(self) -> float:
+        """Seconds to wait before the next refusal is sent."""
+        self._refused += 1
+        doublings = self._refused - self.FREE
+        return 0.0 if doublings <= 0 else min(self.LONGEST, self.FIRST * 2.0 ** min(doublings, 16))
+
+    def accepted(self) -> None:
+        self._refused = 0
+
+
+async def accept_protocol(stream: Stream, supported: Container[str], pace: RefusalPace | None = None) -> str:
+    """Answer proposals until one is in `supported`, refusals at `pace`. The last answer is queued, not flushed: it
+    leaves with the handler's first bytes, or at the end of this scheduling turn."""
     machine = Responder(supported)
     while machine.selected is None:
         data = await stream.receive_some(_READ_SIZE)
         if not data:
             raise StreamReset("the peer closed the stream before it selected a protocol")
         machine.receive_data(data)
-        for chunk in _drain(machine):
-            stream.write(chunk)
+        answers = _drain(machine)
+        if pace is not None:
+            if machine.selected is not None:
+                pace.accepted()
+            elif any(_REFUSAL in answer for answer in answers):
+                await trio.sleep(pace.next_delay())
+        for answer in answers:
+            stream.write(answer)
     leftover = machine.take_leftover()
     if leftover:
         stream.push_back(leftover)

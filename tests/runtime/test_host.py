@@ -234,3 +234,23 @@ def test_ping_and_identify(run_mocked) -> None:
             assert await pinger.ping(two.peer_id) == pytest.approx(0.04, abs=0.005)
 
     run_mocked(main)
+
+
+def test_a_peer_that_insists_on_a_protocol_is_slowed_down(run_mocked) -> None:
+    """The Rust wheel opens a stream for a protocol we refuse hundreds of times a second, for ever."""
+
+    async def main() -> None:
+        async with two_hosts() as (one, two):
+            two.handle("/echo/1", echo)
+            started = trio.current_time()
+            for _ in range(30):
+                with pytest.raises((ProtocolNotSupported, ConnectionLost)):
+                    await one.open_stream(two.peer_id, "/nothing/1")
+            assert trio.current_time() - started > 20
+            stream = await one.open_stream(two.peer_id, "/echo/1")  # others are not slowed down
+            started = trio.current_time()
+            await stream.send_all(b"x")
+            assert await stream.receive_some() == b"x"
+            assert trio.current_time() - started < 0.1
+
+    run_mocked(main)
