@@ -1,10 +1,11 @@
 """How fast a QUIC connection sends: CUBIC and pacing, shaped for an engine that runs in Python.
 
-aioquic's own CUBIC and pacer are built for small datagrams and exact timers. Three things differ here.
+aioquic's own CUBIC and pacer are built for small datagrams and exact timers. Four things differ here.
 
 * Datagrams grow while the connection runs (see `quic_mtu`), so sizes are not fixed at construction.
 * A Python peer answers in bursts, a few milliseconds apart. That jitter looks like a filling queue to HyStart, which
   would end slow start at a few dozen kilobytes; it has to last longer and be larger here.
+* Grown without being used, a window says nothing about the path; aioquic lets it grow.
 * Waking up costs about 50 us, so the pacer lets at least a millisecond's worth of packets out each time, and does
   not pace at all when the round trip is too short for a queue to build up in the network.
 """
@@ -57,6 +58,11 @@ class Cubic(CubicCongestionControl):
     def on_packet_acked(self, *, now: float, packet: QuicSentPacket) -> None:
         if packet.sent_bytes > BASE_DATAGRAM_BYTES:
             self.large_loss_events = 0
+        if 2 * self.bytes_in_flight < self.congestion_window:
+            # Not the window limits us but the application: it has proven nothing (RFC 9002 section 7.8).
+            self.bytes_in_flight -= packet.sent_bytes
+            self.last_ack = packet.sent_time or now
+            return
         super().on_packet_acked(now=now, packet=packet)
 
     def on_packets_lost(self, *, now: float, packets: Iterable[QuicSentPacket]) -> None:

@@ -141,7 +141,7 @@ class QuicLink(Connection):
         self.received_bytes += len(data)
         self._last_received = now
         self._pinged = False
-        self.engine.receive_datagram(data, addr, now)
+        self.engine.receive(data, addr, now)
 
     def handle_events(self, now: float) -> None:
         """After the datagrams of one batch: what did they mean?"""
@@ -176,7 +176,7 @@ class QuicLink(Connection):
         engine = self.engine
         engine_deadline = engine.get_timer()
         if engine_deadline is not None and now >= engine_deadline:
-            engine.handle_timer(now)
+            engine.on_timer(now)
             self.handle_events(now)
         if self._over:
             return

@@ -15,7 +15,6 @@ Three tasks, however many connections there are:
 from __future__ import annotations
 
 import errno
-import logging
 import time
 from collections.abc import Callable
 from heapq import heappop, heappush
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from lattica.errors import ConnectionLost, DialError
+from lattica.errors import DialError
 from lattica.transports.quic_admission import Admission, Admitted, Answer, destination_id
 from lattica.transports.quic_connection import QuicLink, to_multiaddr
 from lattica.transports.quic_engine import RESET_TOKEN_BYTES, Address, Credentials, Engine
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
     from lattica_protocols.peer_id import PeerId
 
 OnOtherDatagram = Callable[[bytes, Address], None]
-
-_log = logging.getLogger("lattica.quic")
 
 _READS_PER_TURN = 32
 """Then the pump and the readers of streams get a turn."""
@@ -182,12 +179,7 @@ class Endpoint:
             return None
         link = self._by_id.get(to) or self._stranger(data, addr, now)
         if link is not None:
-            try:
-                link.receive(data, addr, now)
-            except Exception as error:
-                # Whatever a hostile packet makes aioquic raise, it is the end of this connection and of nothing else.
-                _log.exception("QUIC connection with %s failed", link.remote_addr)
-                link.abort(ConnectionLost(f"internal error: {error!r}"))
+            link.receive(data, addr, now)
         return link
 
     def _stranger(self, data: bytes, addr: Address, now: float) -> QuicLink | None:
@@ -213,12 +205,12 @@ class Endpoint:
         return link
 
     def _is_stateless_reset(self, data: bytes, addr: Address, now: float) -> bool:
-        suspects = [link for link in self._links if link.remote == addr]
-        if not suspects or not self._admission.may_answer(now):
-            return False
+        """Whether it is one, or there is no budget to find out."""
+        if not self._admission.may_answer(now):
+            return True
         token = data[-RESET_TOKEN_BYTES:]
-        for link in suspects:
-            if link.stateless_reset(token):
+        for link in self._links:
+            if link.remote == addr and link.stateless_reset(token):
                 self._forget(link)
                 return True
         return False

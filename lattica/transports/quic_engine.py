@@ -34,6 +34,7 @@ from aioquic.quic.connection import (
     QuicConnectionState,
     QuicReceiveContext,
 )
+from aioquic.quic.events import ConnectionTerminated
 from aioquic.quic.packet import (
     QuicErrorCode,
     QuicFrameType,
@@ -54,7 +55,6 @@ from lattica_protocols.limits import (
 )
 
 if TYPE_CHECKING:
-    from aioquic.quic.events import ConnectionTerminated
     from cryptography import x509
     from cryptography.hazmat.primitives.asymmetric.types import CertificateIssuerPrivateKeyTypes
 
@@ -73,6 +73,8 @@ _INITIAL_DATAGRAM_BYTES = 1200
 _UPDATE_SHARE = 4
 """A window is raised when a quarter of it was consumed: few updates, and the sender never stalls for one."""
 _MAX_TWO_BYTE_VARINT = 0x3FFF
+
+_log = logging.getLogger("lattica.quic")
 
 # aioquic logs every error a peer makes as a warning; we report them ourselves, as the connection's `close_error`.
 logging.getLogger("quic").setLevel(logging.CRITICAL)
@@ -208,18 +210,44 @@ class Engine(QuicConnection):
     def terminate(self) -> None:
         """Forget the connection without a word: the peer has told us that it has no state for it."""
         if self._state not in END_STATES:
-            self._close_end_silently()
+            self._close_at = None
+            for epoch in self._spaces:
+                self._discard_epoch(epoch)
+            self._set_state(QuicConnectionState.TERMINATED)
 
-    def _close_end_silently(self) -> None:
-        self._close_at = None
-        for epoch in self._spaces:
-            self._discard_epoch(epoch)
-        self._set_state(QuicConnectionState.TERMINATED)
+    def receive(self, data: bytes, addr: Address, now: float) -> None:
+        """One datagram from the network."""
+        try:
+            self.receive_datagram(data, addr, now)
+        except Exception as error:
+            self._broke(error)
+
+    def on_timer(self, now: float) -> None:
+        """The time of `get_timer` has come."""
+        try:
+            self.handle_timer(now)
+        except Exception as error:
+            self._broke(error)
 
     def transmit(self, now: float) -> list[tuple[bytes, Any]]:
         """The datagrams to send now: at most a burst, the timer says when to come back for more."""
         if not self._network_paths:
             return []
+        try:
+            return self._transmit(now)
+        except Exception as error:
+            self._broke(error)
+            return []
+
+    def _broke(self, error: Exception) -> None:
+        # Whatever a hostile packet makes aioquic raise (it has had such bugs) ends this connection and nothing else.
+        _log.error("QUIC connection failed inside aioquic", exc_info=error)
+        self.terminate()
+        self._close_event = ConnectionTerminated(
+            error_code=QuicErrorCode.INTERNAL_ERROR, frame_type=None, reason_phrase=repr(error)
+        )
+
+    def _transmit(self, now: float) -> list[tuple[bytes, Any]]:
         self._pacer.begin_turn()
         if self._written:
             # An acknowledgement that waits for its timer travels with the data: one packet less each way.
