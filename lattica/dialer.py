@@ -15,9 +15,8 @@ import trio
 from lattica.errors import ConnectError, DialError, NoAddresses, WrongPeer
 
 if TYPE_CHECKING:
-    from lattica_protocols.multiaddr import Multiaddr
-
     from lattica.interfaces import Connection
+    from lattica_protocols.multiaddr import Multiaddr
 
 ATTEMPT_DELAY = 0.25
 """Seconds before the next address is tried beside the first: RFC 8305, section 8."""

@@ -86,7 +86,11 @@ class FileChanged(LatticaError):
     """A file changed while it was being shared."""
 
 
-class StorageFull(LatticaError):
+class StorageError(LatticaError):
+    """A file or directory cannot be read or written."""
+
+
+class StorageFull(StorageError):
     """The disk is full. What was already stored stays."""
 
 

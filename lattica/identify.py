@@ -11,22 +11,21 @@ import logging
 from typing import TYPE_CHECKING
 
 import trio
-from lattica_protocols.errors import ProtocolError, RemoteProtocolError
-from lattica_protocols.identify import Identify
-from lattica_protocols.limits import MAX_IDENTIFY_MESSAGE_BYTES, MAX_IDENTIFY_MESSAGES
-from lattica_protocols.peer_record import PeerRecord
 
 from lattica._version import __version__
 from lattica.errors import LatticaError
 from lattica.host import AddressesChanged, PeerConnected
 from lattica.peerstore import CONNECTED_TTL, PeerInfo
+from lattica_protocols.errors import ProtocolError, RemoteProtocolError
+from lattica_protocols.identify import Identify
+from lattica_protocols.limits import MAX_IDENTIFY_MESSAGE_BYTES, MAX_IDENTIFY_MESSAGES
+from lattica_protocols.peer_record import PeerRecord
 
 if TYPE_CHECKING:
-    from lattica_protocols.multiaddr import Multiaddr
-    from lattica_protocols.peer_id import PeerId
-
     from lattica.host import Host
     from lattica.interfaces import Connection, Stream
+    from lattica_protocols.multiaddr import Multiaddr
+    from lattica_protocols.peer_id import PeerId
 
 log = logging.getLogger("lattica.identify")
 

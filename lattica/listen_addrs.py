@@ -31,7 +31,5 @@ def expand_wildcards(addr: Multiaddr) -> list[Multiaddr]:
     family = "ip4" if addr.value("ip4") is not None else "ip6"
     rest = str(addr).split("/", 3)[3]
     return [
-        Multiaddr.parse(f"/{family}/{ip}/{rest}")
-        for ip in interface_ips()
-        if (ip.version == 4) == (family == "ip4")
+        Multiaddr.parse(f"/{family}/{ip}/{rest}") for ip in interface_ips() if (ip.version == 4) == (family == "ip4")
     ]

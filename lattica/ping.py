@@ -10,10 +10,9 @@ import trio
 from lattica.errors import ConnectionLost, PeerMisbehaved
 
 if TYPE_CHECKING:
-    from lattica_protocols.peer_id import PeerId
-
     from lattica.host import Host
     from lattica.interfaces import Connection, Stream
+    from lattica_protocols.peer_id import PeerId
 
 PROTOCOL = "/ipfs/ping/1.0.0"
 SIZE = 32

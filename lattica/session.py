@@ -9,9 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lattica_protocols.peer_id import PeerId
-
     from lattica.interfaces import Connection, Path, StreamClass
+    from lattica_protocols.peer_id import PeerId
 
 _BULK_RANK: dict[Path, int] = {"tcp": 0, "memory": 0, "quic": 1, "relay": 2}
 _RTT_GAIN = 0.8
