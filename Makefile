@@ -1,0 +1,63 @@
+# make demo    three daemons on this machine find each other, exchange a model and call each other
+# make test    every test that needs no foreign peer
+# make check   ruff, mypy, the layer rule
+# make interop tests against other libp2p implementations, which it installs
+# make bench   measurements beside other implementations, in one run
+# make fuzz    every parser of bytes from the network, longer than `make test` does
+#
+# Everything runs in .venv, which is made here from the newest Python of 3.11 or later that is found.
+
+.PHONY: demo test check interop bench fuzz venv clean
+.DEFAULT_GOAL := help
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+# A version manager's stub may be there without the Python behind it, so each candidate is run.
+define FIND_PYTHON
+for candidate in $(PYTHON_FOR_VENV) python3.13 python3.12 python3.11 python3.14 python3; do \
+    if $$candidate -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+        echo $$candidate; exit 0; \
+    fi; \
+done
+endef
+
+help:
+	@sed -n '1,8s/^# *//p' Makefile
+
+$(STAMP): pyproject.toml
+	@python=$$($(FIND_PYTHON)); \
+	if [ -z "$$python" ]; then \
+	    echo "no Python 3.11 or later with venv found: install one (Debian: apt install python3 python3-venv)" >&2; \
+	    exit 1; \
+	fi; \
+	[ -x $(PYTHON) ] || { echo "making $(VENV) with $$python"; $$python -m venv $(VENV); }
+	@echo "installing into $(VENV)"
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+venv: $(STAMP)
+
+demo: $(STAMP)
+	@$(VENV)/bin/lattica demo
+
+test: $(STAMP)
+	$(PYTHON) -m pytest -m 'not interop' --ignore=tests/interop --ignore=tests/bench --ignore=tests/fuzz
+
+check: $(STAMP)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+	$(PYTHON) -m pytest -q tests/arch
+
+interop: $(STAMP)
+	$(PYTHON) -m pytest tests/interop
+
+bench: $(STAMP)
+	$(PYTHON) tests/bench/run.py
+
+fuzz: $(STAMP)
+	$(PYTHON) -m pytest tests/fuzz
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

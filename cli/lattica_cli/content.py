@@ -1,0 +1,91 @@
+"""`lattica share`, `get` and `providers`: files by their content id."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from lattica_cli.context import State, daemon, parse_cid, rate, say, size, table, warn
+from lattica_cli.progress import Progress
+
+
+def register(app: typer.Typer) -> None:
+    app.command("share")(share)
+    app.command("get")(get)
+    app.command("providers")(providers)
+
+
+def share(
+    ctx: typer.Context,
+    paths: list[str] = typer.Argument(..., metavar="PATH…", help="Files or folders."),
+) -> None:
+    """Add files or folders to the store, announce them, and print their content ids."""
+    state = State.of(ctx)
+    found = [Path(path) for path in paths]
+    for path in found:
+        if not path.exists():
+            raise typer.BadParameter(f"there is no file {path}.")
+    results = []
+    with daemon(state) as lat:
+        for path in found:
+            done = follow(lat.daemon_stream("share", str(path.absolute())), f"share {path.name}", quiet=state.json)
+            results.append({"path": str(path), **done})
+            if not state.json:
+                say(done["cid"])
+                if not done.get("announced", 1):
+                    warn("nobody was told yet: no other peer is known; it is announced once one is")
+    if state.json:
+        state.emit(results[0] if len(results) == 1 else results, lambda: None)
+
+
+def get(
+    ctx: typer.Context,
+    cid: str,
+    output: str = typer.Option(..., "--output", "-o", metavar="PATH", help="Where to write it."),
+    peer: list[str] = typer.Option([], "--from", metavar="PEER", help="Ask these peers, besides those found."),
+    timeout: float = typer.Option(0.0, help="Seconds for the whole; 0 for no limit."),
+) -> None:
+    """Fetch CID from whoever has it. A fetch that was broken off goes on where it stopped."""
+    state = State.of(ctx)
+    wanted = str(parse_cid(cid))
+    target = Path(output).absolute()
+    if not target.parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {target.parent}.")
+    with daemon(state) as lat:
+        events = lat.daemon_stream("fetch", wanted, str(target), peer, timeout or None)
+        done = follow(events, f"get {target.name}", quiet=state.json)
+
+    def human() -> None:
+        speed = rate(done["fetched_bytes"], done["seconds"])
+        kept = f", {size(done['reused_bytes'])} were here already" if done["reused_bytes"] else ""
+        count = done["sources"]
+        say(
+            f"{output}: {size(done['bytes'])} in {done['seconds']:.2f} s ({speed}) from {count} "
+            f"peer{'s' if count != 1 else ''}{kept}"
+        )
+
+    state.emit(done, human)
+
+
+def providers(ctx: typer.Context, cid: str, timeout: float = typer.Option(30.0, help="Seconds to search.")) -> None:
+    """Who has CID, from the network."""
+    state = State.of(ctx)
+    with daemon(state) as lat:
+        data = lat.daemon("providers", str(parse_cid(cid)), timeout=timeout)
+    rows = [(p["peer_id"], " ".join(p["addrs"])) for p in data]
+    state.emit(data, lambda: table(("peer", "addresses"), rows, empty="nobody is known to have it"))
+
+
+def follow(events: Iterable[dict[str, Any]], title: str, *, quiet: bool) -> dict[str, Any]:
+    """Show progress events until the last one, which has `state == "done"`, and return it without that field."""
+    done: dict[str, Any] = {}
+    with Progress(title, quiet=quiet) as progress:
+        for event in events:
+            if event["state"] == "done":
+                done = {key: value for key, value in event.items() if key != "state"}
+            else:
+                progress.update(event)
+    return done

@@ -1,0 +1,52 @@
+"""`lattica dht …`: small signed values in the network, and the routing table."""
+
+from __future__ import annotations
+
+import typer
+
+from lattica_cli.context import State, daemon, say
+
+dht_app = typer.Typer(no_args_is_help=True, help="Small signed values; the routing table.")
+
+
+def register(app: typer.Typer) -> None:
+    app.add_typer(dht_app, name="dht")
+
+
+@dht_app.command("put")
+def put(
+    ctx: typer.Context,
+    key: str,
+    value: str,
+    ttl: float = typer.Option(0.0, help="Seconds it is valid; 0 for the default."),
+    timeout: float = typer.Option(30.0, help="Seconds to store it."),
+) -> None:
+    """Store VALUE under KEY, signed by this peer. Others read it as PEER/KEY, this peer as KEY."""
+    state = State.of(ctx)
+    with daemon(state) as lat:
+        data = lat.daemon("dht_put", key, value, ttl or None, timeout=timeout)
+    state.emit(data, lambda: say(f"{data['key']}: stored on {data['stored_on']} peers"))
+
+
+@dht_app.command("get")
+def get(ctx: typer.Context, key: str, timeout: float = typer.Option(30.0, help="Seconds to search.")) -> None:
+    """The newest valid value under KEY (one's own) or PEER/KEY."""
+    state = State.of(ctx)
+    with daemon(state) as lat:
+        data = lat.daemon("dht_get", key, timeout=timeout)
+    state.emit(data, lambda: say(data["value"]))
+
+
+@dht_app.command("info")
+def info(ctx: typer.Context) -> None:
+    """The routing table."""
+    state = State.of(ctx)
+    with daemon(state) as lat:
+        data = lat.daemon("dht_info")
+
+    def human() -> None:
+        say(f"{data['peers']} peers in {len(data['buckets'])} buckets, {data['mode']} mode, {data['protocol']}")
+        for bucket in data["buckets"]:
+            say(f"  {bucket['prefix_bits']:>3} bits in common\t{bucket['peers']} peers")
+
+    state.emit(data, human)

@@ -1,0 +1,47 @@
+"""`lattica up`: the daemon in the foreground."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from lattica_cli.context import State, warn
+
+
+def register(app: typer.Typer) -> None:
+    app.command("up")(up)
+
+
+def up(
+    ctx: typer.Context,
+    listen: list[str] = typer.Option([], "--listen", metavar="ADDR", help="Listen here instead of the default."),
+    bootstrap: list[str] = typer.Option([], "--bootstrap", metavar="ADDR", help="A peer to find the others through."),
+    config: str = typer.Option("", "--config", metavar="F", help="Settings file (default: HOME/config.toml)."),
+    relay: bool | None = typer.Option(None, "--relay/--no-relay", help="Carry other peers' connections."),
+    mdns: bool | None = typer.Option(None, "--mdns/--no-mdns", help="Find peers on the local network."),
+    network: str = typer.Option("", "--network", metavar="NAME", help="Take part in a private network."),
+    log_level: str = typer.Option("", "--log-level", metavar="LEVEL", help="debug, info, warning or error."),
+) -> None:
+    """Run the daemon in the foreground; SIGTERM or Ctrl-C drains and ends it."""
+    from lattica_cli import launch
+
+    state = State.of(ctx)
+    if network:
+        raise typer.BadParameter("private networks are not part of this version.")
+    for wanted, name in ((relay, "relaying"), (mdns, "mDNS")):
+        if wanted:
+            warn(f"{name} is not part of this version; starting without it")
+    arguments: list[str] = []
+    if state.home is not None:
+        arguments += ["--home", state.home]
+    if state.json:
+        arguments.append("--json")
+    if config:
+        arguments += ["--config", str(Path(config).absolute())]
+    if log_level:
+        arguments += ["--log-level", log_level]
+    for name, values in (("--listen", listen), ("--bootstrap", bootstrap)):
+        for value in values:
+            arguments += [name, value]
+    launch.replace_this_process(arguments)
