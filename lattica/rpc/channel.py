@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from lattica_protocols.errors import LocalProtocolError
 from lattica_protocols.rpc.calls import Call
@@ -20,11 +20,33 @@ from lattica_protocols.rpc.frames import (
     Buffer,
 )
 
+if TYPE_CHECKING:
+    from lattica_protocols.peer_id import PeerId
+
 
 class CallOwner(Protocol):
     """Takes the events of one call (`call.owner`). Must neither wait nor raise."""
 
     def on_frame(self, kind: int, call: Call, head: bytes, tail: Buffer) -> None: ...
+
+
+class Speaker(Protocol):
+    """What code that runs a call needs of its channel, whatever the channel is made of."""
+
+    @property
+    def machine(self) -> RpcConnection: ...
+
+    @property
+    def peer(self) -> PeerId:
+        """Who is at the other end."""
+
+    def flush(self) -> None: ...
+
+    def congested(self) -> bool:
+        """The other end reads slower than we write."""
+
+    async def writable(self) -> None:
+        """Wait until it has caught up, or the channel is closed."""
 
 
 class Turn:
@@ -153,9 +175,7 @@ class Relay:
         channel.flush()
 
 
-def splice(
-    source: Channel, inbound: Call, head: bytes, tail: Buffer, target: Channel, route: bytes = b""
-) -> None:
+def splice(source: Channel, inbound: Call, head: bytes, tail: Buffer, target: Channel, route: bytes = b"") -> None:
     """Pass a REQUEST that came on `source` on to `target`, and from now on every frame of the call both ways.
 
     `head` and `tail` are those of the REQUEST, not decoded. `route`: see the request head in `specs/rpc.md`.

@@ -222,8 +222,11 @@ class OpenCall:
         return await self._reader.__anext__()
 
     async def result(self) -> Any:
-        """What the method returned, when it takes a stream and does not give one. Ends our direction."""
+        """What a method returned that does not yield. Ends our direction first."""
         await self.end()
+        if self._flags & SERVER_STREAM:  # the one result is the one item
+            async for item in self._reader:
+                return item
         while self._result is None:
             if self._error is not None:
                 raise self._error

@@ -15,7 +15,7 @@ from lattica_protocols.rpc.frames import Buffer
 from lattica_protocols.rpc.tensors import decode_value_untrusted, encode_value
 
 if TYPE_CHECKING:
-    from lattica.rpc.peer_channel import PeerChannel
+    from lattica.rpc.channel import Speaker
 
 _YIELD_EVERY: Final = 32
 """Items taken or sent without waiting before the scheduler gets its turn: about 300 us of work."""
@@ -50,7 +50,7 @@ class Parking:
 class ItemReader:
     """Items that arrive, an asynchronous iterator. Taking one lets the sender send another."""
 
-    def __init__(self, channel: PeerChannel, call: Call) -> None:
+    def __init__(self, channel: Speaker, call: Call) -> None:
         self._channel = channel
         self._call = call
         self._items: deque[tuple[bytes, Buffer]] = deque()
@@ -98,7 +98,7 @@ class ItemReader:
 class ItemWriter:
     """Sends items while the other side grants credit."""
 
-    def __init__(self, channel: PeerChannel, call: Call) -> None:
+    def __init__(self, channel: Speaker, call: Call) -> None:
         self._channel = channel
         self._call = call
         self._parking = Parking()

@@ -9,7 +9,8 @@
 | `def` with `@nonblocking` | at once, in the event loop: for what takes microseconds |
 
 With `@client_streaming` the first argument is an asynchronous iterator over the items that the caller sends
-(not for methods that run in threads). Names with a leading underscore are never offered, and a name is looked up
+(not for methods that run in threads). Without it a caller who streams is taken at his word when an argument is
+missing otherwise. Names with a leading underscore are never offered, and a name is looked up
 in this table only: nothing that a caller sends becomes an attribute access.
 """
 
@@ -59,6 +60,11 @@ class Method:
     def gives_stream(self) -> bool:
         """SERVER_STREAM: the method yields."""
         return self.style in (Style.TASK_STREAM, Style.THREAD_STREAM)
+
+    def fits_with_stream(self, reader: object, args: list[Any], kwargs: dict[str, Any]) -> bool:
+        """Without `@client_streaming`: whether an argument is missing that the stream of items can be."""
+        asynchronous = self.style in (Style.TASK, Style.TASK_STREAM)
+        return asynchronous and not self.accepts(args, kwargs) and self.accepts([reader, *args], kwargs)
 
     def accepts(self, args: list[Any], kwargs: dict[str, Any]) -> bool:
         """Whether the arguments fit the signature. Slow: asked only after a TypeError."""

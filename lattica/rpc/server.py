@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from lattica.errors import CallCancelled
+from lattica.rpc.channel import Speaker
 from lattica.rpc.items import ItemReader, ItemWriter
 from lattica.rpc.methods import Method, Style
-from lattica.rpc.peer_channel import PeerChannel
 from lattica.rpc.pool import Job
 from lattica.rpc.status import status_of
 from lattica_protocols.errors import LocalProtocolError, RemoteProtocolError
@@ -47,9 +47,7 @@ class InboundCall(Job):
 
     __slots__ = ("_args", "_call", "_channel", "_kwargs", "_method", "_reader", "_threads", "_writer")
 
-    def __init__(
-        self, channel: PeerChannel, call: Call, method: Method, threads: trio.CapacityLimiter
-    ) -> None:
+    def __init__(self, channel: Speaker, call: Call, method: Method, threads: trio.CapacityLimiter) -> None:
         super().__init__()
         self._channel = channel
         self._call = call
@@ -63,28 +61,35 @@ class InboundCall(Job):
     # -- before it runs -----------------------------------------------------------------------------------
     def prepare(self, head: bytes, tail: Buffer) -> bool:
         """Decode the arguments. False when the call was refused."""
-        call, method = self._call, self._method
+        call = self._call
+        call.owner = self
         streams = call.flags & (CLIENT_STREAM | SERVER_STREAM)
-        if streams or method.takes_stream or method.gives_stream:
-            wanted = (CLIENT_STREAM if method.takes_stream else 0) | (
-                SERVER_STREAM if method.gives_stream else 0
-            )
-            if streams != wanted:
-                self._refuse(f"{call.method} {_shape_of(wanted)}; the call {_shape_of(streams)}")
-                return False
         try:
             self._args, self._kwargs = decode_args_untrusted(head, tail, call.flags)
         except (RemoteProtocolError, LocalProtocolError) as error:
             self._refuse(f"the arguments of {call.method}: {error}")
             return False
-        if streams:
-            call.owner = self
-            self._reader = ItemReader(self._channel, call)
-            self._writer = ItemWriter(self._channel, call)
-            if method.takes_stream:
+        if streams or self._method.takes_stream or self._method.gives_stream:
+            return self._prepare_streams(streams)
+        return True
+
+    def _prepare_streams(self, streams: int) -> bool:
+        """A method that yields needs a caller who iterates, one that takes a stream a caller who sends. The other
+        way round is fine: then the one result is the one item, and items are refused when they come."""
+        call, method = self._call, self._method
+        if method.gives_stream and not streams & SERVER_STREAM:
+            self._refuse(f"{call.method} yields items: stream it instead of calling it")
+            return False
+        if method.takes_stream and not streams & CLIENT_STREAM:
+            self._refuse(f"{call.method} takes a stream of items: open_call it and send")
+            return False
+        self._reader = ItemReader(self._channel, call)
+        self._writer = ItemWriter(self._channel, call)
+        if streams & CLIENT_STREAM:
+            if method.takes_stream or method.fits_with_stream(self._reader, self._args, self._kwargs):
                 self._args.insert(0, self._reader)
-        else:
-            call.owner = self
+            else:
+                self._reader = None
         return True
 
     def _refuse(self, message: str) -> None:
@@ -96,23 +101,26 @@ class InboundCall(Job):
         reader, writer = self._reader, self._writer
         if kind == CANCEL:
             self.cancel()
-            if reader is not None and writer is not None:
+            if reader is not None:
                 reader.finish(CallCancelled(f"the caller ended {call.method}"))
+            if writer is not None:
                 writer.wake()
-        elif reader is not None and writer is not None:
-            if kind == ITEM:
-                reader.push(head, tail)
-            elif kind == END:
-                reader.finish()
-            elif kind == CREDIT:
-                writer.wake()
+        elif kind == CREDIT and writer is not None:
+            writer.wake()
+        elif kind == ITEM and reader is not None:
+            reader.push(head, tail)
+        elif kind == ITEM:
+            self.cancel()
+            self._refuse(f"{call.method} takes no items")
+        elif kind == END and reader is not None:
+            reader.finish()
 
     def run_inline(self) -> None:
         """For methods that neither wait nor compute for long: no task at all."""
         token = _caller.set(self._channel.peer)
         try:
             head, tails = encode_value(self._method.function(*self._args, **self._kwargs))
-            self._channel.machine.respond(self._call, head, tails)
+            self._respond(head, tails)
         except Exception as error:  # whatever the handler raises is the caller's answer, and its alone
             self._fail(error)
         finally:
@@ -138,7 +146,7 @@ class InboundCall(Job):
             head, tails = encode_value(result)
             if channel.congested():
                 await channel.writable()
-            channel.machine.respond(call, head, tails)
+            self._respond(head, tails)
             channel.flush()
         except trio.Cancelled:
             channel.machine.fail(call, CANCELLED, "Cancelled", f"{call.method} was cancelled by its node")
@@ -146,6 +154,14 @@ class InboundCall(Job):
             raise
         except Exception as error:  # whatever the handler raises is the caller's answer, and its alone
             self._fail(error)
+
+    def _respond(self, head: bytes, tails: Sequence[Buffer]) -> None:
+        machine, call = self._channel.machine, self._call
+        if call.flags & SERVER_STREAM:
+            machine.send_item(call, head, tails)
+            machine.end(call)
+        else:
+            machine.respond(call, head, tails)
 
     def _fail(self, error: Exception) -> None:
         machine = self._channel.machine
@@ -174,17 +190,9 @@ class InboundCall(Job):
         generator: Iterator[Any] = self._method.function(*self._args, **self._kwargs)
         done = object()
         while True:
-            item = await trio.to_thread.run_sync(
-                next, generator, done, abandon_on_cancel=True, limiter=self._threads
-            )
+            item = await trio.to_thread.run_sync(next, generator, done, abandon_on_cancel=True, limiter=self._threads)
             if item is done:
                 break
             await self._writer.send(item)
         self._channel.machine.end(self._call)
         self._channel.flush()
-
-
-def _shape_of(streams: int) -> str:
-    takes = "sends items" if streams & CLIENT_STREAM else "sends one message"
-    gives = "gets items" if streams & SERVER_STREAM else "gets one result"
-    return f"{takes} and {gives}"

@@ -21,7 +21,7 @@ import trio
 
 from lattica.errors import DeadlineExceeded
 from lattica.interfaces import Stream
-from lattica.rpc.channel import Channel, Turn
+from lattica.rpc.channel import Channel, Speaker, Turn
 from lattica.rpc.client import OpenCall, unary_call
 from lattica.rpc.methods import Method, Style, methods_of
 from lattica.rpc.peer_channel import PeerChannel
@@ -95,9 +95,27 @@ class RpcService:
         """Names of the services offered here, each with its methods."""
         return {name: list(methods) for name, methods in self._services.items()}
 
+    def calls_in_flight(self) -> int:
+        """Calls of peers that run here or are being forwarded."""
+        return sum(channel.machine.inbound_calls for channel in self._sessions.values())
+
     def set_default_handler(self, handler: DefaultHandler | None) -> None:
         """Who takes calls for services that are not here: a daemon that knows its workers. See `channel.splice`."""
         self._default = handler
+
+    def method(self, name: str) -> Method | None:
+        """The method that `"service.method"` names here."""
+        return self._methods.get(name)
+
+    def run_method(self, channel: Speaker, call: Call, method: Method, head: bytes, tail: Buffer) -> None:
+        """Run a method for a REQUEST that came on any channel; the answer goes back on it."""
+        job = InboundCall(channel, call, method, self._threads)
+        if not job.prepare(head, tail):
+            return
+        if method.style is Style.INLINE and not channel.congested():
+            job.run_inline()
+        else:
+            self._pool.start(job)
 
     # -- calls ------------------------------------------------------------------------------------------
     async def call(
@@ -142,6 +160,11 @@ class RpcService:
         (otherwise it returns one `result()`). Errors as in `call`, raised where the object is used."""
         deadline = None if timeout is None else trio.current_time() + timeout
         return OpenCall(self, peer, method, args, kwargs, sends=sends, receives=receives, deadline=deadline)
+
+    def open_channel(self, peer: PeerId) -> PeerChannel | None:
+        """The session with a peer when there is one that takes calls."""
+        channel = self._channels.get(peer)
+        return None if channel is None or channel.machine.going_away else channel
 
     async def channel(self, peer: PeerId, deadline: float | None = None) -> PeerChannel:
         """The session with a peer, opened when there is none. Errors: `ConnectError`, `DeadlineExceeded`."""
@@ -190,9 +213,7 @@ class RpcService:
         await self._run(self._adopt(stream, machine, hello.session))
 
     def _machine(self, *, initiator: bool, session: bytes) -> RpcConnection:
-        return RpcConnection(
-            initiator=initiator, session=session, limits=self._limits, allocate=allocate_tail
-        )
+        return RpcConnection(initiator=initiator, session=session, limits=self._limits, allocate=allocate_tail)
 
     def _adopt(self, stream: Stream, machine: RpcConnection, session: bytes) -> PeerChannel:
         peer = stream.connection.peer_id
@@ -207,9 +228,7 @@ class RpcService:
             self._channels[peer] = channel
         return channel
 
-    async def _run(
-        self, channel: PeerChannel, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-    ) -> None:
+    async def _run(self, channel: PeerChannel, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         try:
             await channel.run(task_status)
         finally:
@@ -225,13 +244,7 @@ class RpcService:
                 self._not_found(channel, call)
             return
         assert isinstance(channel, PeerChannel)
-        job = InboundCall(channel, call, method, self._threads)
-        if not job.prepare(head, tail):
-            return
-        if method.style is Style.INLINE and not channel.congested():
-            job.run_inline()
-        else:
-            self._pool.start(job)
+        self.run_method(channel, call, method, head, tail)
 
     def _not_found(self, channel: Channel, call: Call) -> None:
         service = call.method.rpartition(".")[0]

@@ -111,6 +111,9 @@ class Service:
             start += item
         return start
 
+    async def sum_undecorated(self, items: AsyncIterator[int]) -> int:
+        return sum([item async for item in items])
+
     @lattica.rpc.client_streaming
     async def never_reads(self, items: AsyncIterator[Any]) -> int:
         self.started.set()
@@ -288,12 +291,27 @@ def test_only_public_methods_can_be_called(with_pair: Any, method: str) -> None:
 
 def test_the_kind_of_call_has_to_fit(with_pair: Any) -> None:
     async def test(pair: Pair) -> None:
-        with pytest.raises(InvalidArgument, match="gets items"):
+        with pytest.raises(InvalidArgument, match="yields items"):
             await pair.call("count", 3)
-        with pytest.raises(InvalidArgument, match="gets one result"):
-            await drain(pair.rpc.stream(pair.peer, "test.echo", 1))
-        with pytest.raises(InvalidArgument, match="sends items"):
+        with pytest.raises(InvalidArgument, match="takes a stream"):
             await pair.call("total", 3)
+        with pytest.raises(InvalidArgument, match="missing"):
+            await pair.call("sum_undecorated")
+        async with pair.rpc.open_call(pair.peer, "test.count", 3) as call:
+            await call.send(1)
+            with pytest.raises(InvalidArgument, match="takes no items"):
+                await drain(call)
+
+
+def test_a_caller_may_ask_for_more_streaming_than_the_method_does(with_pair: Any) -> None:
+    async def test(pair: Pair) -> None:
+        assert await drain(pair.rpc.stream(pair.peer, "test.echo", 1)) == [1]
+        async with pair.rpc.open_call(pair.peer, "test.echo", 2) as call:
+            assert await call.result() == 2
+        async with pair.rpc.open_call(pair.peer, "test.sum_undecorated") as call:
+            await call.send(3)
+            await call.send(4)
+            assert await call.result() == 7
 
     with_pair(test)
 

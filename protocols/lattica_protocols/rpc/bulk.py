@@ -32,9 +32,7 @@ class BulkReader:
             raise RemoteProtocolError(f"frame of kind {kind} on a bulk stream")
         return self._machine.expect_tail(tail_id, length)
 
-    def _frame(
-        self, kind: int, flags: int, tail_id: int, head: bytes, tail: Buffer | None, length: int
-    ) -> None:
+    def _frame(self, kind: int, flags: int, tail_id: int, head: bytes, tail: Buffer | None, length: int) -> None:
         if kind != BULK or head:
             raise RemoteProtocolError(f"frame of kind {kind} on a bulk stream")
         if tail is None or not length:

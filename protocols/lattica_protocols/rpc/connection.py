@@ -406,9 +406,7 @@ class RpcConnection:
             self._finish(call)
 
     # -- frames that arrive ------------------------------------------------------------------------
-    def _frame(
-        self, kind: int, flags: int, call_id: int, head: bytes, tail: Buffer | None, length: int
-    ) -> None:
+    def _frame(self, kind: int, flags: int, call_id: int, head: bytes, tail: Buffer | None, length: int) -> None:
         call = self._calls.get(call_id)
         if kind == RESPONSE and call is not None and not flags & DETACHED and call.waiting is None:
             if not call.outbound or call.flags & SERVER_STREAM or tail is None or self.peer is None:
@@ -495,14 +493,10 @@ class RpcConnection:
         if refusal is not None:
             if tail_id >= 0:
                 self._tails.discard(tail_id, length)
-            self._send(
-                ERROR, FINAL, call_id, encode_error_head(RESOURCE_EXHAUSTED, "ResourceExhausted", refusal)
-            )
+            self._send(ERROR, FINAL, call_id, encode_error_head(RESOURCE_EXHAUSTED, "ResourceExhausted", refusal))
             return
         deadline = self._now + deadline_ms / 1000 if deadline_ms else None
-        call = Call(
-            call_id, False, flags & (BOTH_STREAMS | KEYWORDS), method, head[6 : 6 + route_length], deadline
-        )
+        call = Call(call_id, False, flags & (BOTH_STREAMS | KEYWORDS), method, head[6 : 6 + route_length], deadline)
         call.held = length
         self._held += length
         self._calls[call_id] = call
@@ -525,9 +519,7 @@ class RpcConnection:
             return f"messages of {self._held} bytes are waiting"
         return None
 
-    def _message(
-        self, kind: int, call: Call, head: bytes, tail: Buffer | None, tail_id: int, length: int
-    ) -> None:
+    def _message(self, kind: int, call: Call, head: bytes, tail: Buffer | None, tail_id: int, length: int) -> None:
         """RESPONSE or ITEM, with a detached tail or behind one, or an ITEM in the ordinary way."""
         flow = call.flow
         if kind == RESPONSE:
@@ -568,9 +560,7 @@ class RpcConnection:
             else:
                 stream = SERVER_STREAM if call.outbound else CLIENT_STREAM
                 if flow is None or flow.remote_ended or not call.flags & stream:
-                    raise RemoteProtocolError(
-                        "an END on a call that does not stream this way, or a second one"
-                    )
+                    raise RemoteProtocolError("an END on a call that does not stream this way, or a second one")
                 flow.remote_ended = True
             if call.waiting is not None:
                 self._wait(call, kind, head, b"", -1, 0)
@@ -610,9 +600,7 @@ class RpcConnection:
             self._finish(call)
         self._events.append((kind, call, head, tail))
 
-    def _wait(
-        self, call: Call, kind: int, head: bytes, tail: Buffer | None, tail_id: int, length: int
-    ) -> None:
+    def _wait(self, call: Call, kind: int, head: bytes, tail: Buffer | None, tail_id: int, length: int) -> None:
         """Put a frame in its call's queue: its tail, or that of one before it, is still to come."""
         if call.waiting is None:
             call.waiting = deque()

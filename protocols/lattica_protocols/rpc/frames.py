@@ -86,9 +86,7 @@ def encode_frame(kind: int, flags: int, call_id: int, head: bytes = b"", tail_le
     return HEADER.pack(len(head) + tail_length, kind, flags, len(head), call_id) + head
 
 
-def encode_detached(
-    kind: int, flags: int, call_id: int, head: bytes, tail_id: int, tail_length: int
-) -> bytes:
+def encode_detached(kind: int, flags: int, call_id: int, head: bytes, tail_id: int, tail_length: int) -> bytes:
     """A whole frame whose tail of `tail_length` bytes goes another way under the number `tail_id`."""
     header = HEADER.pack(len(head) + DETACHED_TRAILER.size, kind, flags | DETACHED, len(head), call_id)
     return header + head + DETACHED_TRAILER.pack(tail_id, tail_length)

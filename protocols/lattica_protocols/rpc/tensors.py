@@ -268,9 +268,7 @@ def decode_value_untrusted(head: bytes, tail: Buffer = b"") -> Any:
     if head[:2] == _VALUE_HEAD and len(head) == 18:
         data = _value_in_tail_untrusted(head, tail)
     try:
-        return msgpack.unpackb(
-            data, ext_hook=hook, strict_map_key=False, timestamp=3, max_array_len=RPC_MAX_ARRAY
-        )
+        return msgpack.unpackb(data, ext_hook=hook, strict_map_key=False, timestamp=3, max_array_len=RPC_MAX_ARRAY)
     except (ValueError, TypeError, OverflowError, MemoryError) as error:
         # TypeError: a map key that cannot be hashed; OverflowError: a timestamp out of range; MemoryError:
         # arrays # that claim more elements than there is room for
