@@ -5,15 +5,14 @@ Theory of operation. A lookup keeps the peers it has heard of, sorted by distanc
 closer peers of the answer) or `on_failure`, and asks again; `handle_timer` at `next_timeout`. At most `alpha` requests
 are waited for at a time. It is finished when the k closest peers that did not fail have all answered.
 
-                    next()               on_success()
-      HEARD ---------------------> ASKED -------------> ANSWERED
-                                    |  \\  on_failure()      ^
-                    slow_after s    |   `-------------> FAILED
-                                    v                      ^  \\
-                                   SLOW --- either --------'---'
+    HEARD --- next() ---> ASKED --- slow_after s ---> SLOW --- 2 * slow_after s ---> LATE
+                            |                           |                             |
+                            +---------------------------+-----------------------------+--- on_success() ---> ANSWERED
+                                                                                      `--- on_failure() ---> FAILED
 
-A peer that is SLOW gives its place among the alpha to another one and is not waited for in the end, but its answer
-still counts: dead peers cost a lookup `slow_after` seconds and not the time of a whole dial.
+A SLOW peer gives its place among the alpha to another one, and is waited for in the end only while fewer than k have
+answered; a LATE one only while nobody has. Its answer always counts. So dead peers cost a lookup in a large network
+`slow_after` seconds, and a peer behind a slow path in a small one is still heard.
 
 With `paths` > 1 a lookup goes along that many disjoint paths (S/Kademlia): a peer belongs to the path that heard of it
 first, and each path converges on its own, so one lying peer can divert one path and not the whole lookup.
@@ -56,8 +55,12 @@ class _State(enum.Enum):
     HEARD = enum.auto()
     ASKED = enum.auto()
     SLOW = enum.auto()
+    LATE = enum.auto()
     ANSWERED = enum.auto()
     FAILED = enum.auto()
+
+
+_NOT_WAITED_FOR = frozenset({_State.SLOW, _State.LATE, _State.FAILED})
 
 
 class Candidate(PeerPlace):
@@ -139,6 +142,8 @@ class Lookup:
         self._paths = paths
         self._max_requests = max_requests
         self._asked: dict[PeerId, Candidate] = {}
+        self._slow: dict[PeerId, Candidate] = {}
+        self._answers = 0
         self._stopped = False
         self._heap = CandidateHeap(Place(key), k)
         for index, peer in enumerate(seeds):
@@ -180,13 +185,19 @@ class Lookup:
         self.handle_timer(now)
 
     def handle_timer(self, now: float) -> None:
-        """Peers asked `slow_after` seconds ago are not waited for any longer."""
+        """Peers asked `slow_after` seconds ago become SLOW, and LATE after twice as long again."""
         for peer in [p for p, c in self._asked.items() if c.asked_at + self._slow_after <= now]:
-            self._asked.pop(peer).state = _State.SLOW
+            self._slow[peer] = self._asked.pop(peer)
+            self._slow[peer].state = _State.SLOW
+        for candidate in self._slow.values():
+            if candidate.asked_at + 3 * self._slow_after <= now:
+                candidate.state = _State.LATE
 
     def next_timeout(self) -> float | None:
         """When `handle_timer` wants to be called."""
-        return min((c.asked_at + self._slow_after for c in self._asked.values()), default=None)
+        times = [c.asked_at + self._slow_after for c in self._asked.values()]
+        times += [c.asked_at + 3 * self._slow_after for c in self._slow.values() if c.state is _State.SLOW]
+        return min(times, default=None)
 
     def stop(self) -> None:
         """Enough was found."""
@@ -199,8 +210,13 @@ class Lookup:
         if self._stopped:
             return True
         if self.requests >= self._max_requests:
-            return not self._asked
-        return all(candidate.state is _State.ANSWERED for path in range(self._paths) for candidate in self._front(path))
+            if self._asked:
+                return False
+        elif not all(c.state is _State.ANSWERED for path in range(self._paths) for c in self._front(path)):
+            return False
+        if self._answers == 0:
+            return not self._slow
+        return self._answers >= self._k or all(c.state is _State.LATE for c in self._slow.values())
 
     def result(self) -> list[PeerId]:
         """The closest k peers that answered, closest first."""
@@ -209,20 +225,18 @@ class Lookup:
 
     def answered(self) -> int:
         """How many peers answered."""
-        return sum(candidate.state is _State.ANSWERED for candidate in self._heap)
+        return self._answers
 
     def _front(self, path: int) -> list[Candidate]:
         """The k closest peers of a path that did not fail and are not slow."""
-        usable = (
-            c for c in self._heap if c.path == path and c.state is not _State.FAILED and c.state is not _State.SLOW
-        )
+        usable = (c for c in self._heap if c.path == path and c.state not in _NOT_WAITED_FOR)
         return [c for c, _ in zip(usable, range(max(1, self._k // self._paths)), strict=False)]
 
     def _finish(self, peer: PeerId, state: _State) -> Candidate:
         candidate = self._heap.get(peer)
-        if candidate is None or candidate.state not in (_State.ASKED, _State.SLOW):
+        if candidate is None or (self._asked.pop(peer, None) or self._slow.pop(peer, None)) is None:
             raise LocalProtocolError(f"{peer.short()} is not being asked")
-        self._asked.pop(peer, None)
+        self._answers += state is _State.ANSWERED
         candidate.state = state
         return candidate
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.limits import (
@@ -86,8 +87,7 @@ class KadMessage(Message):
     provider_peers: Sequence[PeerEntry] = repeated(9, PeerEntry, max_count=KAD_MAX_PEERS_IN_MESSAGE)
 
 
-@dataclass(frozen=True, slots=True)
-class PeerAddrs:
+class PeerAddrs(NamedTuple):
     """A peer and where it may be; addresses without `/p2p`, best first."""
 
     peer: PeerId

@@ -53,6 +53,8 @@ class KadServer:
         self.table = table
         self.providers = ProviderStore()
         self.values = ValueStore(validators)
+        self.provided: set[bytes] = set()
+        """Keys that we provide ourselves: their answers start with us."""
         self._addresses = addresses
         self._k = k
 
@@ -109,7 +111,9 @@ class KadServer:
 
     def _providers(self, key: bytes, sender: PeerId, remote: Multiaddr | None, unix_now: float) -> list[PeerEntry]:
         out = []
-        for provider in self.providers.get(key, unix_now, KAD_MAX_PROVIDERS_PER_ANSWER):
+        if key in self.provided:
+            out.append(peer_entry(PeerAddrs(self.own, addresses_for(self._addresses(self.own), remote))))
+        for provider in self.providers.get(key, unix_now, KAD_MAX_PROVIDERS_PER_ANSWER - len(out)):
             addrs = provider.addrs or self._addresses(provider.peer)
             out.append(peer_entry(PeerAddrs(provider.peer, addresses_for(addrs, remote)), Reach.CAN_CONNECT))
         return out
