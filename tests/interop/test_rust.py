@@ -14,6 +14,7 @@ import trio
 from rust_peer import RustPeer, running_rust_peer
 
 import lattica
+from lattica.identify import PROTOCOL_VERSION
 from lattica.node import Node
 
 pytestmark = pytest.mark.interop
@@ -23,8 +24,10 @@ LISTEN = ["/ip4/127.0.0.1/tcp/0", "/ip4/127.0.0.1/udp/0/quic-v1"]
 
 
 @asynccontextmanager
-async def node() -> AsyncIterator[Node]:
-    config = lattica.NodeConfig(listen=LISTEN, kad_protocol=RUST_KAD, kad_mode="server", kad_accept_any=True)
+async def node(protocol_version: str = RUST_KAD) -> AsyncIterator[Node]:
+    config = lattica.NodeConfig(
+        listen=LISTEN, kad_protocol=RUST_KAD, kad_mode="server", kad_accept_any=True, protocol_version=protocol_version
+    )
     async with lattica.open_node(config) as opened:
         yield opened
 
@@ -57,6 +60,22 @@ def test_we_dial_rust(run, rust_python: Path, transport: str) -> None:
         run(main, rust)
 
 
+def test_rust_stays_connected_with_our_default_settings(run, rust_python: Path) -> None:
+    """It cuts peers whose identify names another protocol version, unless that contains `common`."""
+
+    async def main(rust: RustPeer) -> None:
+        async with node(PROTOCOL_VERSION) as ours:
+            connection = await ours.host.connect(rust.peer_id, [rust.tcp])
+            await ours.wait_identified(rust.peer_id)
+            with trio.move_on_after(2):
+                await connection.closed.wait()
+            assert not connection.closed.is_set()
+            assert 0 < await ours.ping.ping(rust.peer_id) < 5
+
+    with running_rust_peer(rust_python, protocol="/another/1.0.0") as rust:
+        run(main, rust)
+
+
 @pytest.mark.parametrize("transport", ["tcp", "udp"])
 def test_rust_dials_us(run, rust_python: Path, transport: str) -> None:
     async def main() -> None:
@@ -86,12 +105,12 @@ def test_kademlia_values_in_both_directions(run, rust_python: Path) -> None:
             await ours.wait_identified(rust.peer_id)
             await eventually(lambda: rust.do("get_all_peers"))
             assert await trio.to_thread.run_sync(rust.do, "store", "from-rust", "hello")
-            raw = await ours.kad.get_raw(b"from-rust")
+            raw = await ours.kad.get_record(b"from-rust")
             assert b"hello" in raw
             (expiry,) = struct.unpack("<d", raw[-8:])
             assert expiry > time.time()
             # What Rust wrote we write back under another key, and Rust reads it.
-            await ours.kad.put_raw(b"from-python", raw)
+            await ours.kad.put_record(b"from-python", raw)
             assert await eventually(lambda: rust.do("get", "from-python")) == "hello"
 
     with running_rust_peer(rust_python) as rust:
