@@ -76,11 +76,11 @@ class PeerIdentified:
 
 
 @dataclass(frozen=True, slots=True)
-class AddressesChanged:
-    """Our own advertised addresses changed."""
+class SelfChanged:
+    """Our own addresses or protocols changed: connected peers should hear of it."""
 
 
-HostEvent = PeerConnected | PeerDisconnected | PeerIdentified | AddressesChanged
+HostEvent = PeerConnected | PeerDisconnected | PeerIdentified | SelfChanged
 
 
 class Host:
@@ -111,10 +111,12 @@ class Host:
     def handle(self, protocol: str, handler: StreamHandler) -> None:
         """Serve `protocol`: `handler(stream)` runs in a task of its own for each inbound stream."""
         self._handlers[protocol] = handler
+        self._publish(SelfChanged())
 
     def unhandle(self, protocol: str) -> None:
         """Serve `protocol` no more; streams that are open go on."""
-        self._handlers.pop(protocol, None)
+        if self._handlers.pop(protocol, None) is not None:
+            self._publish(SelfChanged())
 
     def protocols(self) -> list[str]:
         """What we serve, as identify tells it."""
@@ -369,7 +371,7 @@ class Host:
             if transport.can_listen(addr):
                 listener = await transport.listen(addr, self.on_inbound)
                 self._listeners.append(listener)
-                self._publish(AddressesChanged())
+                self._publish(SelfChanged())
                 return listener
         raise DialError(f"no transport can listen on {addr}")
 

@@ -14,7 +14,7 @@ import trio
 
 from lattica._version import __version__
 from lattica.errors import LatticaError
-from lattica.host import AddressesChanged, PeerConnected
+from lattica.host import SelfChanged, PeerConnected
 from lattica.peerstore import CONNECTED_TTL, PeerInfo
 from lattica_protocols.errors import ProtocolError, RemoteProtocolError
 from lattica_protocols.identify import Identify
@@ -58,7 +58,7 @@ class IdentifyService:
             async for event in self._host.subscribe():
                 if isinstance(event, PeerConnected):
                     nursery.start_soon(self._ask, event.connection)
-                elif isinstance(event, AddressesChanged):
+                elif isinstance(event, SelfChanged):
                     self._sequence += 1
                     for connection in self._host.connections():
                         nursery.start_soon(self._push, connection)
