@@ -321,6 +321,9 @@ MAX_PATH_PART_BYTES = 255
 MAX_WANTED_BLOBS_PER_STREAM = 64
 """Blobs one stream asks about: a client opens a stream for a fetch, a folder fetch uses it for its files."""
 
+MAX_SERVED_STREAMS_PER_PEER = 32
+"""Content streams one peer may have open with us: one a fetch, and eight files of a folder at a time."""
+
 MAX_QUEUED_CHUNKS = 4096
 """Chunk requests that wait on one stream. We keep up to 128 in flight; a queued one costs about 150 bytes."""
 
@@ -335,3 +338,33 @@ MAX_CHUNKS_IN_FLIGHT = 128
 
 MAX_FETCH_SOURCES = 16
 """Sources of one fetch that send at a time. Each fills a chunk buffer of its own."""
+
+# -- local socket -------------------------------------------------------------------------------------------------
+LOCAL_FD_OVER = 1 << 20
+"""Longer tails go as memory, not through the socket. Below it the system calls cost as much as the copies."""
+
+LOCAL_MAX_CLIENTS = 256
+"""Workers and commands connected to one daemon at once."""
+
+LOCAL_MAX_MAPPINGS = 256
+"""Received tails that stay mapped in one process: each holds a file descriptor, of which 1,024 are usual. Further ones
+are copied."""
+
+LOCAL_POOL_BYTES = 256 << 20
+"""Segments kept for use again, for some seconds: two tensors of 64 MiB in each direction."""
+
+LOCAL_MAX_FDS = 128
+"""File descriptors in one message. The kernel takes 253."""
+
+LOCAL_MAX_OUTPUT = 64 << 20
+"""Bytes queued for a client that does not read its socket, before it is disconnected."""
+
+LOCAL_MAX_LENT = 64
+LOCAL_MAX_LENT_BYTES = 1 << 30
+"""Segments that one receiver may hold before the sender forgets the oldest, which are then not used again. Each costs
+the sender a file descriptor."""
+
+LOCAL_MAX_SERVICES = 1024
+LOCAL_MAX_METHODS = 1024
+LOCAL_MAX_SERVICE_NAME = 128
+"""What one worker registers. A method name with its service has 255 bytes."""
