@@ -57,7 +57,7 @@ class MemoryStream(Stream):
     """One end of an in-memory stream."""
 
     def __init__(self, connection: MemoryConnection, number: int) -> None:
-        self.connection = connection
+        self.connection: MemoryConnection = connection
         self.protocol = None
         self.number = number
         self._inbox: deque[bytes] = deque()

@@ -21,6 +21,8 @@ def loaded_by(statement: str) -> set[str]:
 def modules_of(package: Path, name: str) -> list[str]:
     found = []
     for path in sorted(package.rglob("*.py")):
+        if path.name == "__main__.py":
+            continue  # importing it runs the program
         parts = [name, *path.relative_to(package).with_suffix("").parts]
         found.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
     return found
