@@ -105,7 +105,7 @@ def _encode_args(
     try:
         return encode_args(args, kwargs)
     except LocalProtocolError as error:
-        raise InvalidArgument(f"an argument of {method} {error}") from error
+        raise InvalidArgument(f"an argument of {method}: {error}") from error
 
 
 async def _room_for_call(channel: PeerChannel, deadline: float | None) -> None:
@@ -203,7 +203,7 @@ class OpenCall:
         try:
             await self._writer.send(value)
         except LocalProtocolError as error:
-            raise InvalidArgument(f"an item of {self._method} {error}") from error
+            raise InvalidArgument(f"an item of {self._method}: {error}") from error
         except CallCancelled:
             if self._error is not None:
                 raise self._error from None

@@ -166,7 +166,7 @@ class InboundCall(Job):
     def _fail(self, error: Exception) -> None:
         machine = self._channel.machine
         if isinstance(error, LocalProtocolError):
-            machine.fail(self._call, RESOURCE_EXHAUSTED, "InvalidResult", f"the result {error}")
+            machine.fail(self._call, RESOURCE_EXHAUSTED, "InvalidResult", f"the result: {error}")
         elif isinstance(error, TypeError) and not self._method.accepts(self._args, self._kwargs):
             machine.fail(self._call, INVALID_ARGUMENT, "InvalidArgument", str(error))
         else:

@@ -150,7 +150,7 @@ class _Encoder:
         try:
             head: bytes = packer.pack(value)
         except (TypeError, ValueError, OverflowError, BufferError) as error:
-            raise LocalProtocolError(f"cannot be sent: {error}") from error
+            raise LocalProtocolError(f"the value cannot be sent: {error}") from error
         if len(head) > RPC_SPILL_OVER:
             if len(head) > RPC_MAX_VALUE:
                 raise LocalProtocolError(
@@ -213,6 +213,10 @@ class _Encoder:
     def _array(self, array: numpy.ndarray[Any, Any]) -> object:
         import numpy as np
 
+        if type(array) is not np.ndarray:
+            if isinstance(array, np.ma.MaskedArray):
+                raise LocalProtocolError("a masked array cannot be sent: its mask would be lost; use filled()")
+            array = np.asarray(array)
         dtype = array.dtype
         code = _codes.get(dtype)
         if code is None:
