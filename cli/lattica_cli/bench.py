@@ -18,8 +18,9 @@ def bench(
 ) -> None:
     """Calls/s at 128 B and 256 KiB, MB/s each way and round-trip times, over the path in use."""
     state = State.of(ctx)
+    target = str(parse_peer(peer))
     with daemon(state) as lat:
-        data = lat.daemon("bench", str(parse_peer(peer)), seconds, timeout=seconds * 5 + 30)
+        data = lat.daemon("bench", target, seconds, timeout=seconds * 5 + 30)
 
     def human() -> None:
         say(f"over {data['path']} at {data['addr']}")

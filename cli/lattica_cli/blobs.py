@@ -45,8 +45,9 @@ def remove(ctx: typer.Context, cid: str) -> None:
 
 def _set(ctx: typer.Context, method: str, cid: str, word: str) -> None:
     state = State.of(ctx)
+    wanted = str(parse_cid(cid))
     with daemon(state) as lat:
-        data = lat.daemon(method, str(parse_cid(cid)))
+        data = lat.daemon(method, wanted)
     state.emit(data, lambda: say(f"{word} {data['cid']}"))
 
 

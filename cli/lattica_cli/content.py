@@ -73,8 +73,9 @@ def get(
 def providers(ctx: typer.Context, cid: str, timeout: float = typer.Option(30.0, help="Seconds to search.")) -> None:
     """Who has CID, from the network."""
     state = State.of(ctx)
+    wanted = str(parse_cid(cid))
     with daemon(state) as lat:
-        data = lat.daemon("providers", str(parse_cid(cid)), timeout=timeout)
+        data = lat.daemon("providers", wanted, timeout=timeout)
     rows = [(p["peer_id"], " ".join(p["addrs"])) for p in data]
     state.emit(data, lambda: table(("peer", "addresses"), rows, empty="nobody is known to have it"))
 

@@ -54,8 +54,9 @@ def connect(ctx: typer.Context, addr: str, timeout: float = typer.Option(20.0, h
 def disconnect(ctx: typer.Context, peer: str) -> None:
     """Close all connections with PEER."""
     state = State.of(ctx)
+    target = str(parse_peer(peer))
     with daemon(state) as lat:
-        data = lat.daemon("disconnect", str(parse_peer(peer)))
+        data = lat.daemon("disconnect", target)
     state.emit(data, lambda: say(f"closed {data['closed']} connection{'s' if data['closed'] != 1 else ''}"))
 
 
@@ -63,8 +64,9 @@ def disconnect(ctx: typer.Context, peer: str) -> None:
 def find(ctx: typer.Context, peer: str, timeout: float = typer.Option(30.0, help="Seconds to search.")) -> None:
     """Where PEER is, from the network."""
     state = State.of(ctx)
+    target = str(parse_peer(peer))
     with daemon(state) as lat:
-        data = lat.daemon("find_peer", str(parse_peer(peer)), timeout=timeout)
+        data = lat.daemon("find_peer", target, timeout=timeout)
     state.emit(data, lambda: say("\n".join(f"{addr}/p2p/{data['peer_id']}" for addr in data["addrs"])))
 
 
@@ -79,8 +81,9 @@ def ping(
     state = State.of(ctx)
     times: list[float] = []
     path = ""
+    target = str(parse_peer(peer))
     with daemon(state) as lat:
-        for answer in lat.daemon_stream("ping", str(parse_peer(peer)), count, timeout):
+        for answer in lat.daemon_stream("ping", target, count, timeout):
             times.append(answer["rtt_ms"])
             path = answer["path"]
             if not state.json:
@@ -109,8 +112,9 @@ def clear_rule(ctx: typer.Context, peer: str) -> None:
 
 def _set_rule(ctx: typer.Context, peer: str, verdict: str) -> None:
     state = State.of(ctx)
+    target = str(parse_peer(peer))
     with daemon(state) as lat:
-        data = lat.daemon("set_rule", str(parse_peer(peer)), verdict)
+        data = lat.daemon("set_rule", target, verdict)
     if data["closed"] and not state.json:
         warn(f"closed {data['closed']} connections")
     state.emit(data, lambda: say(f"{peer}: {verdict or 'no rule'}"))

@@ -46,8 +46,9 @@ def _value(text: str) -> Any:
 def services(ctx: typer.Context, peer: str, timeout: float = typer.Option(30.0, help="Seconds to ask.")) -> None:
     """What PEER offers."""
     state = State.of(ctx)
+    target = str(parse_peer(peer))
     with daemon(state) as lat:
-        data = lat.daemon("services", str(parse_peer(peer)), timeout=timeout)
+        data = lat.daemon("services", target, timeout=timeout)
 
     def human() -> None:
         for service in data:

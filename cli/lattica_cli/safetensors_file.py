@@ -11,7 +11,7 @@ import json
 import struct
 from pathlib import Path
 
-_HIDDEN = 1024
+_HIDDEN = 512
 _LAYER_SHAPES = (
     ("self_attn.q_proj.weight", "BF16", (_HIDDEN, _HIDDEN)),
     ("self_attn.o_proj.weight", "BF16", (_HIDDEN, _HIDDEN)),
