@@ -27,7 +27,8 @@ from aioquic.quic.packet import (
 )
 from aioquic.quic.retry import QuicRetryTokenHandler
 
-from lattica.transports.quic_engine import CONNECTION_ID_BYTES, RESET_TOKEN_BYTES, Address, Credentials
+from lattica.transports.quic_bulk import CONNECTION_ID_BYTES
+from lattica.transports.quic_engine import RESET_TOKEN_BYTES, Address, Credentials
 from lattica_protocols.limits import (
     MAX_QUIC_HALF_OPEN,
     MAX_QUIC_HALF_OPEN_PER_IP,

@@ -99,6 +99,10 @@ class BurstPacer(QuicPacketPacer):
         """A new transmission starts: it may hold a whole burst again."""
         self._left = max(8, min(_BURST_PACKETS, BURST_BYTES // self._max_datagram_size))
 
+    def limit_turn(self, packets: int) -> None:
+        """This transmission may hold no more than `packets`."""
+        self._left = packets
+
     def set_datagram_size(self, size: int) -> None:
         self._max_datagram_size = size
 

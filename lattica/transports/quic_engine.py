@@ -1,7 +1,9 @@
 """The QUIC state machine: aioquic's `QuicConnection`, adapted to libp2p and to a node that must bound everything.
 
-This is the one file that reaches into aioquic's private attributes; `tests/unit/test_quic_adapter.py` fails when one of
-them goes away, and `pyproject.toml` pins the minor version. What aioquic has no public way for:
+With `quic_bulk`, which it extends, this is the one place that reaches into aioquic's private attributes;
+`tests/unit/test_quic_adapter.py` fails when one of them goes away, and `pyproject.toml` pins the minor version.
+
+What aioquic has no public way for:
 
 * asking the client for its certificate (`tls._request_client_certificate`) and reading it;
 * limits of 256 streams, none of them unidirectional (its own are fixed at 128);
@@ -29,7 +31,6 @@ from aioquic.quic.configuration import QuicConfiguration
 from aioquic.quic.connection import (
     END_STATES,
     MAX_STREAM_DATA_FRAME_CAPACITY,
-    QuicConnection,
     QuicConnectionError,
     QuicConnectionState,
     QuicReceiveContext,
@@ -46,6 +47,7 @@ from aioquic.quic.packet_builder import QuicDeliveryState, QuicPacketBuilder
 from aioquic.quic.recovery import QuicPacketSpace
 from aioquic.quic.stream import QuicStream
 
+from lattica.transports.quic_bulk import CONNECTION_ID_BYTES, BulkPaths
 from lattica.transports.quic_congestion import ALGORITHM, BurstPacer, Cubic
 from lattica_protocols.limits import (
     MAX_QUIC_HANDSHAKE_BYTES,
@@ -62,7 +64,6 @@ Address = tuple[str, int] | tuple[str, int, int, int]
 """As the socket module writes it: IPv6 with flow label and scope."""
 
 ALPN = "libp2p"
-CONNECTION_ID_BYTES = 8
 MAX_DATAGRAM_BYTES = 16384
 """Larger ones exist on loopback only and cost more to lose."""
 IDLE_TIMEOUT_SECONDS = 30.0
@@ -93,7 +94,7 @@ class Credentials:
         return hmac.digest(self.reset_secret, connection_id, "sha256")[:RESET_TOKEN_BYTES]
 
 
-class Engine(QuicConnection):
+class Engine(BulkPaths):
     """One QUIC connection, without I/O. Drive it as any machine: `receive_datagram`, `handle_timer`, verbs, then
     `transmit`, `next_event` and `get_timer`."""
 
@@ -218,7 +219,8 @@ class Engine(QuicConnection):
     def receive(self, data: bytes, addr: Address, now: float) -> None:
         """One datagram from the network."""
         try:
-            self.receive_datagram(data, addr, now)
+            if not self._receive_stream_packet(data, addr, now):
+                self.receive_datagram(data, addr, now)
         except Exception as error:
             self._broke(error)
 
@@ -255,7 +257,7 @@ class Engine(QuicConnection):
             space = self._spaces.get(tls.Epoch.ONE_RTT)
             if space is not None and space.ack_at is not None:
                 space.ack_at = min(space.ack_at, now)
-        return self.datagrams_to_send(now)
+        return self._transmit_bulk(now)
 
     # -- streams ------------------------------------------------------------------------------------------------------
     @property

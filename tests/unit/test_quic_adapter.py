@@ -6,11 +6,15 @@ When an upgrade of aioquic breaks one of these, the adapter has to be looked at 
 from __future__ import annotations
 
 import inspect
+import random
 
 import pytest
+from aioquic._buffer import Buffer
 from aioquic.quic import connection, recovery, stream
+from aioquic.quic.events import StreamDataReceived
 from aioquic.quic.packet_builder import QuicPacketBuilder, QuicSentPacket
 
+from lattica.transports import quic_bulk
 from lattica.transports.quic import make_credentials
 from lattica.transports.quic_congestion import BurstPacer, Cubic
 from lattica.transports.quic_engine import ALPN, Credentials, Engine
@@ -223,3 +227,107 @@ def test_signatures_of_overridden_methods() -> None:
         theirs = inspect.signature(getattr(connection.QuicConnection, name))
         assert list(theirs.parameters) == list(inspect.signature(getattr(Engine, name)).parameters)
     assert {"in_flight", "is_ack_eliciting", "sent_bytes"} <= set(QuicSentPacket.__dataclass_fields__)
+
+
+class Receiver:
+    """Collects the streams of one engine as the connection would, granting window as data is read."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.streams: dict[int, bytearray] = {}
+
+    def read(self) -> None:
+        while (event := self.engine.next_event()) is not None:
+            if isinstance(event, StreamDataReceived):
+                self.streams.setdefault(event.stream_id, bytearray()).extend(event.data)
+                self.engine.consumed(event.stream_id, len(event.data))
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("loss", [0.0, 0.1])
+def test_bulk_paths_under_loss_reordering_and_key_updates(wire: Wire, seed: int, loss: float) -> None:
+    rng = random.Random(seed)
+    client, server = wire.client, wire.server
+    client.set_datagram_bytes(rng.choice((1200, 1452, 9000)))
+    receiver = Receiver(server)
+    sent = {}
+    for _ in range(3):
+        stream_id = client.open_stream()
+        sent[stream_id] = rng.randbytes(rng.randrange(1, 400_000))
+        client.write(stream_id, sent[stream_id])
+        client.finish(stream_id)
+    for turn in range(3000):
+        wire.now += 0.003
+        for sender, other, addr in ((client, server, CLIENT), (server, client, SERVER)):
+            timer = sender.get_timer()
+            if timer is not None and timer <= wire.now:
+                sender.on_timer(wire.now)
+            datagrams = [data for data, _ in sender.transmit(wire.now) if rng.random() >= loss]
+            if loss and rng.random() < 0.2:
+                rng.shuffle(datagrams)
+            for data in datagrams:
+                other.receive(data, addr, wire.now)
+                if rng.random() < 0.02:
+                    other.receive(data, addr, wire.now)
+                    other.receive(data[:-1] + bytes((data[-1] ^ 1,)), addr, wire.now)
+        receiver.read()
+        if turn in (5, 40):
+            client.request_key_update()
+        if all(len(receiver.streams.get(key, b"")) == len(value) for key, value in sent.items()):
+            break
+    assert receiver.streams == sent
+    assert client.close_reason is None
+    assert server.close_reason is None
+
+
+def test_bulk_paths_are_used(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nearly all packets of a transfer go the quick way; the test above says that it is right."""
+    quick = {"sent": 0, "received": 0}
+    seal, take = Engine._seal, Engine._take_stream_frame
+
+    def counting_seal(self: Engine, peer_cid: bytes, number: int, plain: bytes) -> bytes:
+        quick["sent"] += 1
+        return seal(self, peer_cid, number, plain)
+
+    def counting_take(self: Engine, plain: bytes) -> bool:
+        taken = take(self, plain)
+        quick["received"] += taken
+        return taken
+
+    monkeypatch.setattr(Engine, "_seal", counting_seal)
+    monkeypatch.setattr(Engine, "_take_stream_frame", counting_take)
+    stream_id = wire.client.open_stream()
+    wire.client.write(stream_id, bytes(1_000_000))
+    total = 0
+    while wire.client.unsent_bytes(stream_id):
+        wire.now += 0.01
+        for data, _ in wire.client.transmit(wire.now):
+            total += 1
+            wire.server.receive(data, CLIENT, wire.now)
+        for data, _ in wire.server.transmit(wire.now):
+            wire.client.receive(data, SERVER, wire.now)
+    assert quick["sent"] > 0.8 * total
+    assert quick["received"] > 0.8 * total
+
+
+@pytest.mark.parametrize("value", [0, 63, 64, 16383, 16384, 2**30 - 1, 2**30, 2**62 - 1])
+def test_varints(value: int) -> None:
+    encoded = quic_bulk._push_varint(value)
+    buffer = Buffer(capacity=8)
+    buffer.push_uint_var(value)
+    assert encoded == buffer.data
+    assert quic_bulk._pull_varint(b"x" + encoded + b"y", 1) == (value, 1 + len(encoded))
+    for cut in range(len(encoded)):
+        with pytest.raises(IndexError):
+            quic_bulk._pull_varint(encoded[:cut], 0)
+
+
+def test_failures_inside_the_engine_end_the_connection_only(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> bool:
+        raise AssertionError("a bug")
+
+    monkeypatch.setattr(wire.server, "_receive_stream_packet", fail)
+    wire.server.receive(b"@" + bytes(50), CLIENT, wire.now)
+    assert wire.server.ended
+    assert wire.server.close_reason is not None
+    assert wire.server.transmit(wire.now) == []
