@@ -1,0 +1,188 @@
+"""A whole peer: host, transports, identify, ping, Kademlia, RPC and content, assembled.
+
+    async with lattica.open_node(lattica.NodeConfig(home=Path("~/.local/state/lattica").expanduser())) as node:
+        node.rpc.serve("expert", Expert())
+        cid = (await node.blobs.share(Path("model.safetensors"))).cid
+
+`latticad` is this plus settings, the local socket and a life cycle.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import trio
+
+from lattica.blobs import BlobService, BlobStore
+from lattica.datastore import Datastore
+from lattica.errors import ConfigError, ConnectError, LatticaError
+from lattica.host import Host, PeerIdentified, open_host
+from lattica.identify import PROTOCOL_VERSION, IdentifyService
+from lattica.identity_file import load_or_create_key
+from lattica.interfaces import Transport
+from lattica.kad import KadService
+from lattica.peerstore import PERMANENT, PeerInfo
+from lattica.ping import PingService
+from lattica.rpc import RpcService
+from lattica.transports.quic import QuicTransport
+from lattica.transports.tcp import TcpTransport
+from lattica_protocols.keys import PrivateKey
+from lattica_protocols.multiaddr import Multiaddr
+from lattica_protocols.peer_id import PeerId
+
+log = logging.getLogger("lattica.node")
+
+DEFAULT_LISTEN = (
+    "/ip4/0.0.0.0/tcp/4101",
+    "/ip6/::/tcp/4101",
+    "/ip4/0.0.0.0/udp/4101/quic-v1",
+    "/ip6/::/udp/4101/quic-v1",
+)
+"""One port for both transports, so that one rule in a firewall is enough. 4001 is left to kubo on the same machine."""
+KAD_PROTOCOL = "/lattica/kad/1.0.0"
+BOOTSTRAP_RETRY = (1.0, 60.0)
+"""Seconds before a bootstrap peer that could not be reached is tried again: doubling from the first to the second."""
+
+
+@dataclass
+class NodeConfig:
+    """What a node can be told. Addresses are multiaddr texts."""
+
+    home: Path | None = None
+    """Directory of the identity, the database and the content store; `None`: nothing survives the block."""
+    key: PrivateKey | None = None
+    """The identity; default: the one in `home`, or a new one."""
+    listen: Sequence[str] = DEFAULT_LISTEN
+    announce: Sequence[str] = ()
+    """Addresses to tell others instead of those we listen on."""
+    bootstrap: Sequence[str] = ()
+    """Peers to know from the start, each with `/p2p/PEER_ID`."""
+    kad_protocol: str = KAD_PROTOCOL
+    kad_mode: Literal["auto", "server", "client"] = "auto"
+    kad_accept_any: bool = False
+    """Store values of any key unvalidated, as the Rust lattica network does."""
+    protocol_version: str = PROTOCOL_VERSION
+    transports: Sequence[Literal["tcp", "quic"]] = ("tcp", "quic")
+    settings: dict[str, object] = field(default_factory=dict)
+
+
+class Node:
+    """A running peer and its services."""
+
+    def __init__(self, host: Host, config: NodeConfig, datastore: Datastore, store: BlobStore) -> None:
+        self.host = host
+        self.config = config
+        self.datastore = datastore
+        self.identify = IdentifyService(host, protocol_version=config.protocol_version)
+        self.ping = PingService(host)
+        self.kad = KadService(
+            host,
+            datastore,
+            protocol=config.kad_protocol,
+            mode=config.kad_mode,
+            accept_any=config.kad_accept_any,
+        )
+        self.rpc = RpcService(host)
+        self.blobs = BlobService(host, self.kad, store)
+        self.bootstrap = [Multiaddr.parse(text) for text in config.bootstrap]
+
+    @property
+    def peer_id(self) -> PeerId:
+        return self.host.peer_id
+
+    async def wait_identified(self, peer: PeerId) -> PeerInfo:
+        """What `peer` said about itself, once it has. Bounded by the caller's cancel scope."""
+        events = self.host.subscribe()
+        info = self.host.peerstore.info(peer)
+        if info is not None:
+            return info
+        async for event in events:
+            if isinstance(event, PeerIdentified) and event.peer == peer:
+                return event.info
+        raise ConnectError("the node is closing")
+
+    async def find_peer(self, peer: PeerId) -> list[Multiaddr]:
+        """Addresses of `peer`: those known, else from the DHT."""
+        known = self.host.peerstore.addrs(peer)
+        return known or list(await self.kad.find_peer(peer))
+
+    async def _keep_bootstrapped(self, addr: Multiaddr) -> None:
+        """Hold a connection with a bootstrap peer: without any we are alone."""
+        peer = addr.peer_id()
+        assert peer is not None
+        self.host.peerstore.add_addrs(peer, [addr], PERMANENT)
+        self.host.protect(peer)
+        delay = BOOTSTRAP_RETRY[0]
+        while True:
+            try:
+                connection = await self.host.connect(peer)
+                await self.wait_identified(peer)
+                await self.kad.bootstrap()
+                delay = BOOTSTRAP_RETRY[0]
+                await connection.closed.wait()
+            except LatticaError as error:
+                log.warning("bootstrap_failed addr=%s error=%s", addr, error)
+            await trio.sleep(delay * self.host.rng.uniform(0.5, 1.5))
+            delay = min(delay * 2, BOOTSTRAP_RETRY[1])
+
+    async def run(self) -> None:
+        """The background work of all services, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lambda: self.identify.run(unix_now=int(time.time())))
+            nursery.start_soon(self.kad.run)
+            nursery.start_soon(self.blobs.run)
+            for addr in self.bootstrap:
+                nursery.start_soon(self._keep_bootstrapped, addr)
+
+
+def _check(config: NodeConfig) -> None:
+    for name in ("listen", "announce", "bootstrap"):
+        for text in getattr(config, name):
+            try:
+                addr = Multiaddr.parse(text)
+            except ValueError as error:
+                raise ConfigError(f"{name}: {error}") from None
+            if name == "bootstrap" and addr.peer_id() is None:
+                raise ConfigError(f"bootstrap: {text} does not end in /p2p/PEER_ID; `lattica id` there prints it")
+
+
+def _transports(config: NodeConfig, host: Host) -> list[Transport]:
+    made: list[Transport] = []
+    if "tcp" in config.transports:
+        made.append(TcpTransport(host.key, host.nursery))
+    if "quic" in config.transports:
+        made.append(QuicTransport(host.nursery, host.key))
+    return made
+
+
+@asynccontextmanager
+async def open_node(config: NodeConfig | None = None) -> AsyncIterator[Node]:
+    """A running node; leaving the block closes it. Errors: `ConfigError`, `DialError` (an address is in use)."""
+    config = config or NodeConfig()
+    _check(config)
+    home = config.home
+    if home is not None:
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    key = config.key
+    if key is None:
+        key = PrivateKey.generate(os.urandom(32)) if home is None else load_or_create_key(home / "identity.key")
+    with Datastore.open(None if home is None else home / "lattica.db") as datastore, BlobStore.open(home) as store:
+        async with open_host(
+            key,
+            lambda host: _transports(config, host),
+            announce=[Multiaddr.parse(text) for text in config.announce],
+        ) as host:
+            node = Node(host, config, datastore, store)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(node.run)
+                for text in config.listen:
+                    await host.listen(Multiaddr.parse(text))
+                yield node
+                nursery.cancel_scope.cancel()

@@ -1,0 +1,117 @@
+"""Two whole nodes over real sockets: find, fetch, call."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trio
+
+import lattica
+from lattica.node import Node, NodeConfig, open_node
+
+TCP, QUIC = "/ip4/127.0.0.1/tcp/0", "/ip4/127.0.0.1/udp/0/quic-v1"
+
+
+class Expert:
+    async def forward(self, x: np.ndarray) -> np.ndarray:
+        return x * 2
+
+    async def generate(self, n: int) -> AsyncIterator[int]:
+        for i in range(n):
+            yield i
+
+
+@asynccontextmanager
+async def two_nodes(tmp_path: Path, listen: str) -> AsyncIterator[tuple[Node, Node]]:
+    """The second knows only the first's address, as its bootstrap peer."""
+    async with open_node(NodeConfig(home=tmp_path / "one", listen=[listen], kad_mode="server")) as one:
+        addr = f"{one.host.listen_addrs()[0]}/p2p/{one.peer_id}"
+        config = NodeConfig(home=tmp_path / "two", listen=[listen], bootstrap=[addr], kad_mode="server")
+        async with open_node(config) as two:
+            await two.wait_identified(one.peer_id)
+            await one.wait_identified(two.peer_id)
+            yield one, two
+
+
+@pytest.mark.parametrize("listen", [TCP, QUIC])
+def test_a_file_is_found_by_its_cid_and_fetched(run, tmp_path: Path, listen: str) -> None:
+    async def main() -> None:
+        async with two_nodes(tmp_path, listen) as (one, two):
+            source = tmp_path / "model.bin"
+            source.write_bytes(os.urandom(5_000_000))
+            shared = await one.blobs.share(source)
+            result = await two.blobs.fetch(shared.cid, tmp_path / "copy.bin")
+            assert result.bytes == 5_000_000
+            digests = [hashlib.sha256(p.read_bytes()).digest() for p in (source, tmp_path / "copy.bin")]
+            assert digests[0] == digests[1]
+
+    run(main)
+
+
+@pytest.mark.parametrize("listen", [TCP, QUIC])
+def test_calls_with_tensors_and_streams(run, tmp_path: Path, listen: str) -> None:
+    async def main() -> None:
+        async with two_nodes(tmp_path, listen) as (one, two):
+            one.rpc.serve("expert", Expert())
+            x = np.arange(100_000, dtype=np.float32).reshape(100, 1000)
+            assert np.array_equal(await two.rpc.call(one.peer_id, "expert.forward", x, timeout=10), x * 2)
+            assert [i async for i in two.rpc.stream(one.peer_id, "expert.generate", 50)] == list(range(50))
+            with pytest.raises(lattica.ServiceNotFound):
+                await two.rpc.call(one.peer_id, "nobody.home", timeout=10)
+
+    run(main)
+
+
+def test_a_signed_value_written_here_is_read_there(run, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with two_nodes(tmp_path, TCP) as (one, two):
+            await one.kad.put_value("greeting", b"hello")
+            found = await two.kad.get_value("greeting", one.peer_id)
+            assert found.value == b"hello"
+
+    run(main)
+
+
+def test_identity_survives_and_bad_addresses_are_named(run, tmp_path: Path) -> None:
+    async def main() -> None:
+        ids = []
+        for _ in range(2):
+            async with open_node(NodeConfig(home=tmp_path / "home", listen=[TCP])) as node:
+                ids.append(node.peer_id)
+        assert ids[0] == ids[1]
+        with pytest.raises(lattica.ConfigError, match="/ip4/1.2.3/tcp/1"):
+            async with open_node(NodeConfig(listen=["/ip4/1.2.3/tcp/1"])):
+                pass
+        with pytest.raises(lattica.ConfigError, match="PEER_ID"):
+            async with open_node(NodeConfig(listen=[TCP], bootstrap=["/ip4/1.2.3.4/tcp/1"])):
+                pass
+
+    run(main)
+
+
+def test_connecting_says_what_is_wrong(run, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with two_nodes(tmp_path, TCP) as (one, two):
+            from lattica_protocols.keys import PrivateKey
+            from lattica_protocols.multiaddr import Multiaddr
+            from lattica_protocols.peer_id import PeerId
+
+            stranger = PeerId.from_public_key(PrivateKey.generate(bytes(32)).public_key)
+            with pytest.raises(lattica.WrongPeer, match=str(one.peer_id)):
+                await two.host.connect(stranger, one.host.listen_addrs())
+            sink = await trio.open_tcp_listeners(0, host="127.0.0.1")
+            port = sink[0].socket.getsockname()[1]
+            await sink[0].aclose()
+            with pytest.raises(lattica.ConnectError, match=str(port)):
+                await two.host.connect(
+                    PeerId.from_public_key(PrivateKey.generate(bytes([1]) * 32).public_key),
+                    [Multiaddr.parse(f"/ip4/127.0.0.1/tcp/{port}")],
+                )
+
+    run(main)
