@@ -20,8 +20,8 @@ def list_blobs(ctx: typer.Context) -> None:
     state = State.of(ctx)
     with daemon(state) as lat:
         data = lat.daemon("blobs_list")
-    rows = [(b["cid"], size(b["bytes"]), b["complete"], b["pinned"], b.get("name") or None) for b in data]
-    columns = ("content id", "size", "complete", "pinned", "name")
+    rows = [(b["cid"], size(b["bytes"]), b["complete"], b["pinned"], b["path"]) for b in data]
+    columns = ("content id", "size", "complete", "pinned", "file")
     state.emit(data, lambda: table(columns, rows, empty="the store is empty"))
 
 

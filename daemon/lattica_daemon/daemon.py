@@ -33,6 +33,7 @@ class Daemon:
         self.home = home
         self.settings = settings
         self.node = node
+        self.nursery = nursery
         self.rules = rules
         self.started_at = trio.current_time()
         self.traffic = Traffic()
