@@ -62,7 +62,7 @@ class Link(LocalChannel):
         self.finished: list[Callable[[], None]] = []
         """What to run once the lock is free: code of the user that wants to know the end of a call."""
         self.capacity = threading.Condition(self.lock)
-        """Callers wait here while the daemon takes no more calls."""
+        """Callers wait here while the daemon takes no more calls or does not keep up."""
         self.waiting_callers = 0
         self.machine.session_call.owner = self
         self.on_blocked = self.ring
@@ -94,7 +94,7 @@ class Link(LocalChannel):
     ) -> Call:
         """Send a REQUEST; hold the lock. Waits while the daemon takes no more calls."""
         machine = self.machine
-        if not machine.can_open():
+        if not machine.can_open() or self.congested():
             self._wait_for_capacity(deadline)
         if machine.lost or machine.going_away:
             raise session_over()
@@ -112,7 +112,7 @@ class Link(LocalChannel):
         machine = self.machine
         self.waiting_callers += 1
         try:
-            while not (machine.can_open() or machine.lost or machine.going_away):
+            while not (machine.lost or machine.going_away or (machine.can_open() and not self.congested())):
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
                     raise DeadlineExceeded("the deadline passed before the daemon took the call")
@@ -192,6 +192,8 @@ class Link(LocalChannel):
                             self._bell_out.recv(4096)
                         elif events & select.POLLOUT:
                             self.on_writable()
+                            if self.waiting_callers and not self.congested():
+                                self.capacity.notify_all()
                         if number == fd and events & ~select.POLLOUT:
                             self.read()
                 except ConnectionLost as error:

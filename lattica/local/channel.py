@@ -30,6 +30,8 @@ from lattica_protocols.rpc.frames import Buffer
 READ_BYTES: Final = 256 << 10
 """One read: about 1,500 small calls."""
 SOCKET_BUFFER: Final = 1 << 20
+HIGH_WATER: Final = 1 << 20
+"""Unsent bytes above which callers and handlers wait before they add more."""
 _MAX_IOV: Final = 512
 _FD_SPACE: Final = socket.CMSG_SPACE(LOCAL_MAX_FDS * 4)
 _READ_FLAGS: Final = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
@@ -144,14 +146,14 @@ class LocalChannel(Channel):
                 self._queue.append(memoryview(buffer))
                 self._queued_bytes += len(buffer)
         if self._queued_bytes > LOCAL_MAX_OUTPUT:
-            self._hang_up()
+            self.hang_up()
 
     def _write_detached(self, tail_id: int, length: int, buffers: Sequence[Buffer]) -> None:
         self._lent.collect()
         try:
             segment = self._pool.store(buffers, length)
         except OSError:  # no memory, or no file descriptor: the frame that names the tail is already on its way
-            self._hang_up()
+            self.hang_up()
             return
         self._fds.append(os.dup(segment.fd))  # its own, as the segment may be forgotten before the socket takes it
         self._lent.add(segment)
@@ -208,7 +210,7 @@ class LocalChannel(Channel):
             self.wants_write = True
             self.on_blocked()
 
-    def _hang_up(self) -> None:
+    def hang_up(self) -> None:
         """End the connection from a place that cannot: the reader finds an end."""
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
@@ -216,6 +218,10 @@ class LocalChannel(Channel):
     def queued_bytes(self) -> int:
         """Bytes that the socket has not taken yet."""
         return self._queued_bytes
+
+    def congested(self) -> bool:
+        """The other side reads slower than we write."""
+        return self._queued_bytes > HIGH_WATER
 
     # -- ending -------------------------------------------------------------------------------------------
     def close(self, reason: str) -> None:

@@ -33,8 +33,6 @@ from lattica_protocols.rpc.connection import RpcConnection
 
 log = logging.getLogger("lattica.local")
 
-HIGH_WATER: Final = 1 << 20
-"""Unsent bytes above which handlers wait before they add more."""
 SLOW_PEER_SECONDS: Final = 1.0
 """How long one read of a client waits for a peer that is slow to take its answers. A peer that takes less than one read
 (256 KiB) in this time is disconnected some reads later; until then the client's other calls wait with it."""
@@ -101,7 +99,7 @@ class LocalClient(LocalChannel):
                 await self._blocked_lot.park()
             await trio.lowlevel.wait_writable(self.sock)
             self.on_writable()
-            if self.queued_bytes() <= HIGH_WATER:
+            if not self.congested():
                 self._room.unpark_all()
 
     def _blocked(self) -> None:
@@ -121,10 +119,6 @@ class LocalClient(LocalChannel):
             when = self.machine.next_timeout()
             if when is not None and when < scope.deadline:
                 scope.deadline = when
-
-    def congested(self) -> bool:
-        """The client reads slower than we write."""
-        return self.queued_bytes() > HIGH_WATER
 
     async def writable(self) -> None:
         """Wait until the client has caught up, or is gone."""

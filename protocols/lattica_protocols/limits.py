@@ -356,8 +356,9 @@ LOCAL_POOL_BYTES = 256 << 20
 LOCAL_MAX_FDS = 128
 """File descriptors in one message. The kernel takes 253."""
 
-LOCAL_MAX_OUTPUT = 64 << 20
-"""Bytes queued for a client that does not read its socket, before it is disconnected."""
+LOCAL_MAX_OUTPUT = 512 << 20
+"""Bytes queued for a client that does not read its socket, before it is disconnected: 512 results of 1 MiB that it asked
+for and is too busy to take."""
 
 LOCAL_MAX_LENT = 64
 LOCAL_MAX_LENT_BYTES = 1 << 30
