@@ -1,0 +1,136 @@
+"""The content store's table of contents: SQLite, one row a blob, and the objects that are small.
+
+Rows say where the bytes of a blob are and which chunks are thought to be there. They are hints: nothing is served,
+handed out or reported as complete on the word of a row alone, so losing the last seconds of them in a power cut
+(`synchronous=NORMAL`) costs work and never content. The connection is shared by threads under one lock.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lattica.blobs.files import FileIdentity
+from lattica.errors import StorageError, StorageFull
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+SCHEMA_VERSION = 1
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS objects (multihash BLOB PRIMARY KEY, data BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS blobs (
+    multihash BLOB PRIMARY KEY,
+    cid BLOB NOT NULL,
+    kind TEXT NOT NULL,
+    size INTEGER NOT NULL,
+    chunks INTEGER NOT NULL,
+    have BLOB,
+    path TEXT,
+    owned INTEGER NOT NULL,
+    identity TEXT,
+    pinned INTEGER NOT NULL,
+    added REAL NOT NULL
+) WITHOUT ROWID;
+"""
+
+
+@dataclass(slots=True)
+class Row:
+    """One blob."""
+
+    multihash: bytes
+    cid: bytes
+    kind: str
+    """`blob`, `folder` or `raw`."""
+    size: int
+    chunks: int
+    have: bytes | None
+    """Bitmap of the chunks that are there; `None`: all."""
+    path: str | None
+    """The file with the data. `None` for folders and raw blocks."""
+    owned: bool
+    """Whether the file is ours to write and to delete."""
+    identity: FileIdentity | None
+    """What the file looked like when its chunks were last known to be right."""
+    pinned: bool
+    added: float
+    """Unix time."""
+
+
+class Catalog:
+    """Opens (and makes) the database. `StorageError` when it cannot be used."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        try:
+            self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=5.0)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=NORMAL")
+            self._db.execute("PRAGMA cache_size=-1024")
+            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+            if version > SCHEMA_VERSION:
+                self._db.close()
+                raise StorageError(f"{path} was written by a newer version (format {version})")
+            self._db.executescript(_SCHEMA)
+            self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+        except sqlite3.Error as error:
+            raise self._error(error) from error
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+
+    def rows(self) -> Iterator[Row]:
+        """All blobs."""
+        columns = "multihash, cid, kind, size, chunks, have, path, owned, identity, pinned, added"
+        for row in self._query(f"SELECT {columns} FROM blobs"):
+            multihash, cid, kind, size, chunks, have, path, owned, mark, pinned, added = row
+            identity = FileIdentity(*(int(part) for part in mark.split())) if mark else None
+            yield Row(
+                multihash, cid, kind, size, chunks, have, path, bool(owned), identity, bool(pinned), added
+            )
+
+    def put(self, row: Row) -> None:
+        identity = row.identity
+        mark = None
+        if identity is not None:
+            mark = f"{identity.inode} {identity.size} {identity.mtime_ns} {identity.ctime_ns}"
+        values = (row.multihash, row.cid, row.kind, row.size, row.chunks, row.have, row.path, int(row.owned), mark)
+        self._query(
+            "INSERT OR REPLACE INTO blobs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (*values, int(row.pinned), row.added),
+        )
+
+    def delete(self, multihash: bytes) -> None:
+        self._query("DELETE FROM blobs WHERE multihash = ?", (multihash,))
+
+    def find_object(self, multihash: bytes) -> bytes | None:
+        found = self._query("SELECT data FROM objects WHERE multihash = ?", (multihash,))
+        return found[0][0] if found else None
+
+    def put_object(self, multihash: bytes, data: bytes) -> None:
+        self._query("INSERT OR IGNORE INTO objects VALUES (?, ?)", (multihash, data))
+
+    def delete_object(self, multihash: bytes) -> None:
+        self._query("DELETE FROM objects WHERE multihash = ?", (multihash,))
+
+    def object_keys(self) -> list[tuple[bytes, int]]:
+        """(multihash, bytes) of all objects."""
+        return [(row[0], row[1]) for row in self._query("SELECT multihash, length(data) FROM objects")]
+
+    def _query(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        try:
+            with self._lock:
+                return self._db.execute(sql, values).fetchall()
+        except sqlite3.Error as error:
+            raise self._error(error) from error
+
+    def _error(self, error: sqlite3.Error) -> StorageError:
+        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+            return StorageFull(f"no space left for {self._path}: free some; nothing is lost")
+        return StorageError(f"{self._path}: {error}")

@@ -1,0 +1,152 @@
+"""Finds peers that have a blob: those we are connected with, and those that the DHT names."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import trio
+
+from lattica.blobs.source_stream import SourceStream
+from lattica.errors import LatticaError
+from lattica_protocols.blobs import PROTOCOL
+from lattica_protocols.errors import ProtocolError
+from lattica_protocols.limits import MAX_FETCH_SOURCES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lattica.blobs.source_stream import SourceOwner
+    from lattica.host import Host
+    from lattica_protocols.cid import Cid
+    from lattica_protocols.multiaddr import Multiaddr
+    from lattica_protocols.peer_id import PeerId
+
+log = logging.getLogger("lattica.blobs")
+
+ASK_TIMEOUT = 15.0
+"""Seconds for one peer to be reached and to say what it has. A punch through two NATs takes up to 5."""
+MAX_CONNECTED_ASKED = 64
+"""Connected peers that are asked directly. A question costs a stream and 60 bytes."""
+MAX_PROVIDERS = 32
+"""Providers taken from the DHT: twice as many as can send at a time."""
+_ASKED_AT_A_TIME = 16
+
+
+class ContentRouting(Protocol):
+    """What content needs of the DHT; `key` is the multihash of a content id."""
+
+    async def provide(self, key: bytes) -> int:
+        """Tell the network that we have it, now and again before the record expires; how many peers were told."""
+
+    async def stop_providing(self, key: bytes) -> None:
+        """Tell it no more."""
+
+    def provided(self) -> list[bytes]:
+        """Keys that are being told."""
+
+    def find_providers(self, key: bytes, count: int) -> AsyncIterator[tuple[PeerId, Sequence[Multiaddr]]]:
+        """Peers that said so, as they are found."""
+
+
+class SourceSearch:
+    """Asks peers about one blob and hands over those that have some of it.
+
+    `found(source)` is called for each. `named` are peers that the user told us of. A peer is asked once a round;
+    `rejected` peers never again.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        routing: ContentRouting | None,
+        cid: Cid,
+        owner: SourceOwner,
+        found: Callable[[SourceStream], None],
+        named: Sequence[PeerId] = (),
+    ) -> None:
+        self._host = host
+        self._routing = routing
+        self._cid = cid
+        self._owner = owner
+        self._found = found
+        self._named = list(named)
+        self.rejected: set[PeerId] = set()
+        self.active: dict[PeerId, SourceStream] = {}
+        self.asked: set[PeerId] = set()
+        self.silent: set[PeerId] = set()
+        """Asked, and neither reached nor heard of."""
+
+    async def run_round(self, hints: Sequence[PeerId] = ()) -> None:
+        """Ask `hints`; if none of them has anything, everybody we can think of."""
+        if hints:
+            async with trio.open_nursery() as nursery:
+                for peer in hints:
+                    nursery.start_soon(self._ask, peer, ())
+            if self.active:
+                return
+        limiter = trio.Semaphore(_ASKED_AT_A_TIME)
+        started: set[PeerId] = set()
+        async with trio.open_nursery() as nursery:
+            for peer in dict.fromkeys([*self._named, *self._connected()[:MAX_CONNECTED_ASKED]]):
+                started.add(peer)
+                nursery.start_soon(self._ask_within, limiter, peer, ())
+            if self._routing is None:
+                return
+            try:
+                async for peer, addrs in self._routing.find_providers(self._cid.multihash.to_bytes(), MAX_PROVIDERS):
+                    if peer not in started:
+                        started.add(peer)
+                        nursery.start_soon(self._ask_within, limiter, peer, addrs)
+            except LatticaError as error:
+                log.info("providers_failed cid=%s error=%s", self._cid, error)
+
+    def describe(self) -> str:
+        """How many peers were asked, in words."""
+        if not self.asked:
+            return "no peer is connected and the network names no provider"
+        text = f"asked {len(self.asked)} peer{'s' if len(self.asked) > 1 else ''}"
+        if self.rejected:
+            text += f", {len(self.rejected)} sent wrong bytes"
+        return text + (f", {len(self.silent)} did not answer" if self.silent else "")
+
+    def _connected(self) -> list[PeerId]:
+        peers = []
+        for peer in self._host.peers():
+            known = self._host.peerstore.protocols(peer)
+            if not known or PROTOCOL in known:
+                peers.append(peer)
+        self._host.rng.shuffle(peers)
+        return peers
+
+    async def _ask_within(self, limiter: trio.Semaphore, peer: PeerId, addrs: Sequence[Multiaddr]) -> None:
+        async with limiter:
+            await self._ask(peer, addrs)
+
+    async def _ask(self, peer: PeerId, addrs: Sequence[Multiaddr]) -> None:
+        if peer == self._host.peer_id or peer in self.active or peer in self.rejected:
+            return
+        if len(self.active) >= MAX_FETCH_SOURCES:
+            return
+        self.asked.add(peer)
+        self.silent.add(peer)
+        source: SourceStream | None = None
+        useful = False
+        try:
+            with trio.move_on_after(ASK_TIMEOUT):
+                stream = await self._host.open_stream(peer, PROTOCOL, stream_class="bulk", addrs=addrs)
+                source = SourceStream(self._owner, peer, stream)
+                source.start(self._cid.multihash)
+                await source.answered.wait()
+                if not source.closed:
+                    self.silent.discard(peer)
+                    useful = source.have is not None and len(self.active) < MAX_FETCH_SOURCES
+        except (LatticaError, ProtocolError) as error:
+            log.debug("ask_failed peer=%s cid=%s error=%s", peer.short(), self._cid, error)
+        finally:
+            if source is not None and not useful:
+                source.reset()
+        if source is not None and useful:
+            self.active[peer] = source
+            self._found(source)
