@@ -89,6 +89,8 @@ def _run(stack: ExitStack, folder: Path, file: Path | None, megabytes: int, repo
         report.tell(f"made {file.name}, {size(file.stat().st_size)} of random bf16 and f32 weights")
     a = stack.enter_context(lattica.connect(home=alice.home))
     b = stack.enter_context(lattica.connect(home=bob.home))
+    for lat in (a, b):
+        _wait_for_network(lat)
     _exchange(a, b, file, folder / "fetched.safetensors", report)
     _call(stack, alice, bob, b, report)
     result = report.result
@@ -117,6 +119,15 @@ def _start_daemons(stack: ExitStack, folder: Path, report: Report) -> tuple[Chil
     for name, child in zip(("bootstrap", "alice", "bob"), (bootstrap, *peers), strict=True):
         tell(f"  {name:<9} {child.peer_id}  {' '.join(child.addrs)}")
     return peers[0], peers[1]
+
+
+def _wait_for_network(lat: Any) -> None:
+    """Until the peer knows others to ask: the ready line does not wait for the bootstrap."""
+    deadline = time.monotonic() + CONNECT_TIMEOUT
+    while not lat.daemon("dht_info")["peers"]:
+        if time.monotonic() > deadline:
+            raise LatticaError(f"a peer found no other within {CONNECT_TIMEOUT:g} s")
+        time.sleep(0.02)
 
 
 def _exchange(a: Any, b: Any, file: Path, copy: Path, report: Report) -> None:
