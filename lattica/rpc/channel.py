@@ -52,8 +52,6 @@ class Speaker(Protocol):
 class Turn:
     """Channels that have output to write when the current turn is over."""
 
-    __slots__ = ("_depth", "_waiting")
-
     def __init__(self) -> None:
         self._depth = 0
         self._waiting: list[Channel] = []
@@ -64,17 +62,27 @@ class Turn:
     def end(self) -> None:
         self._depth -= 1
         if not self._depth and self._waiting:
-            waiting, self._waiting = self._waiting, []
-            for channel in waiting:
-                channel.write_output()
+            self.write_waiting()
 
     def add(self, channel: Channel) -> bool:
         """Remember the channel. False when no turn is running: it should write at once."""
-        if not self._depth:
+        if not self._depth and not self._defer(channel):
             return False
-        if channel not in self._waiting:
+        if not channel.output_waits:
+            channel.output_waits = True
             self._waiting.append(channel)
         return True
+
+    def write_waiting(self) -> None:
+        """Write the output of every channel that was remembered."""
+        waiting, self._waiting = self._waiting, []
+        for channel in waiting:
+            channel.output_waits = False
+            channel.write_output()
+
+    def _defer(self, channel: Channel) -> bool:
+        """Outside of a turn: whether `write_waiting` will be called soon, and the channel should wait for it."""
+        return False
 
 
 RequestHandler: TypeAlias = "Callable[[Channel, Call, bytes, Buffer], None]"
@@ -86,6 +94,8 @@ class Channel(ABC):
 
     def __init__(self, machine: RpcConnection, on_request: RequestHandler, turn: Turn | None = None) -> None:
         self.machine = machine
+        self.output_waits = False
+        """The turn will write for us."""
         self._on_request = on_request
         self._turn = turn if turn is not None else Turn()
 
@@ -173,6 +183,8 @@ class Relay:
             self.target.flush()
             self.source.flush()
         channel.flush()
+        if self.inbound.over and self.outbound.over:
+            self.inbound.owner = self.outbound.owner = None  # no cycle for the garbage collector
 
 
 def splice(source: Channel, inbound: Call, head: bytes, tail: Buffer, target: Channel, route: bytes = b"") -> None:

@@ -25,7 +25,6 @@ from lattica_protocols.rpc.calls import Call
 from lattica_protocols.rpc.frames import (
     CLIENT_STREAM,
     CREDIT,
-    END,
     ERROR,
     ITEM,
     RESPONSE,
@@ -67,7 +66,8 @@ async def unary_call(
 ) -> Any:
     """One call on a session. Errors: those of `RpcService.call`."""
     head, tails, flags = _encode_args(method, args, kwargs)
-    await _room_for_call(channel, deadline)
+    if not channel.machine.can_open() or channel.congested():
+        await _room_for_call(channel, deadline)
     waiter = _Waiter(channel)
     call = _open(channel, method, head, tails, flags, deadline, waiter)
     if waiter.kind == 0:
@@ -111,8 +111,6 @@ def _encode_args(
 async def _room_for_call(channel: PeerChannel, deadline: float | None) -> None:
     """Wait until the peer takes one more call and reads what we write."""
     machine = channel.machine
-    if machine.can_open() and not channel.congested():
-        return
     with trio.CancelScope(deadline=float("inf") if deadline is None else deadline) as scope:
         while not (machine.lost or machine.going_away or machine.can_open()):
             await channel.capacity.park()
@@ -141,7 +139,7 @@ def _open(
         raise InvalidArgument(f"{method}: {error}") from error
     channel.flush()
     if deadline is not None:
-        channel.deadlines_changed()
+        channel.deadline_added(deadline)
     return call
 
 
@@ -175,7 +173,8 @@ class OpenCall:
 
     async def __aenter__(self) -> OpenCall:
         channel = await self._service.channel(self._peer, self._deadline)
-        await _room_for_call(channel, self._deadline)
+        if not channel.machine.can_open() or channel.congested():
+            await _room_for_call(channel, self._deadline)
         head, tails, flags = self._encoded
         del self._encoded
         self._channel = channel
@@ -238,13 +237,11 @@ class OpenCall:
             self._reader.push(head, tail)
         elif kind == CREDIT:
             self._writer.wake()
-        elif kind == RESPONSE:
-            self._result = (head, tail)
-            self._over(None)
-        elif kind == END:
-            self._over(None)
-        elif kind == ERROR:
-            self._over(error_from_head_untrusted(head))
+        else:
+            call.owner = None  # no cycle for the garbage collector
+            if kind == RESPONSE:
+                self._result = (head, tail)
+            self._over(error_from_head_untrusted(head) if kind == ERROR else None)
 
     def _over(self, error: LatticaError | None) -> None:
         self._error = error

@@ -56,10 +56,8 @@ class Method:
     takes_stream: bool
     """CLIENT_STREAM: the caller sends items."""
 
-    @property
-    def gives_stream(self) -> bool:
-        """SERVER_STREAM: the method yields."""
-        return self.style in (Style.TASK_STREAM, Style.THREAD_STREAM)
+    gives_stream: bool
+    """SERVER_STREAM: the method yields."""
 
     def fits_with_stream(self, reader: object, args: list[Any], kwargs: dict[str, Any]) -> bool:
         """Without `@client_streaming`: whether an argument is missing that the stream of items can be."""
@@ -121,7 +119,7 @@ def _method(name: str, function: Callable[..., Any]) -> Method:
         raise ValueError(f"{name} is marked nonblocking, which is for a plain def")
     if takes_stream and style not in (Style.TASK, Style.TASK_STREAM):
         raise ValueError(f"{name} is marked client_streaming, which is for async methods")
-    return Method(function, style, takes_stream)
+    return Method(function, style, takes_stream, style in (Style.TASK_STREAM, Style.THREAD_STREAM))
 
 
 def _unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -178,6 +178,12 @@ class PeerChannel(Channel):
             if when is not None and when < scope.deadline:
                 scope.deadline = when
 
+    def deadline_added(self, when: float) -> None:
+        """A call with this deadline was opened: the timer may have to ring earlier."""
+        scope = self._timer_scope
+        if scope is not None and when < scope.deadline:
+            scope.deadline = when
+
     async def _run_timer(self) -> None:
         while True:
             when = self.machine.next_timeout()

@@ -125,6 +125,7 @@ class InboundCall(Job):
             self._fail(error)
         finally:
             _caller.reset(token)
+            self._call.owner = None  # no cycle for the garbage collector
 
     async def run(self) -> None:
         call, channel, style = self._call, self._channel, self._method.style
@@ -154,6 +155,8 @@ class InboundCall(Job):
             raise
         except Exception as error:  # whatever the handler raises is the caller's answer, and its alone
             self._fail(error)
+        finally:
+            call.owner = None  # no cycle for the garbage collector
 
     def _respond(self, head: bytes, tails: Sequence[Buffer]) -> None:
         machine, call = self._channel.machine, self._call

@@ -21,7 +21,9 @@ import trio
 
 from lattica.errors import DeadlineExceeded
 from lattica.interfaces import Stream
-from lattica.rpc.channel import Channel, Speaker, Turn
+from lattica.rpc.batch import BatchingTurn
+from lattica.rpc.buffers import POOLED_OVER, TailPool
+from lattica.rpc.channel import Channel, Speaker
 from lattica.rpc.client import OpenCall, unary_call
 from lattica.rpc.methods import Method, Style, methods_of
 from lattica.rpc.peer_channel import PeerChannel
@@ -39,7 +41,6 @@ from lattica_protocols.rpc.frames import (
     Buffer,
     decode_hello_head_untrusted,
 )
-from lattica_protocols.rpc.tensors import TAIL_BYTES
 
 if TYPE_CHECKING:
     from lattica.host import Host
@@ -50,6 +51,8 @@ DefaultHandler: TypeAlias = Callable[[Channel, Call, bytes, Buffer], bool]
 
 MAX_HELLO: Final = 1024
 """Bytes of a HELLO's head: ours has about 60."""
+TRIM_SECONDS: Final = 5.0
+"""Memory of tails is given back when none of its size came for so long."""
 WORKER_THREADS: Final = 16
 """Plain `def` handlers that run at once."""
 
@@ -57,9 +60,13 @@ WORKER_THREADS: Final = 16
 class RpcService:
     """Calls and services of one node."""
 
-    def __init__(self, host: Host, *, limits: RpcLimits = DEFAULT_LIMITS, turn: Turn | None = None) -> None:
-        self.turn = turn if turn is not None else Turn()
-        """Shared with other channels that calls are forwarded to, so that writes stay together."""
+    def __init__(self, host: Host, *, limits: RpcLimits = DEFAULT_LIMITS) -> None:
+        self.turn = BatchingTurn()
+        """To be shared with other channels that calls are forwarded to, so that writes stay together."""
+        self.allocate: Callable[[int], Buffer] | None = None
+        """Where tails are received into, if not into this node's own memory (a forwarder: into shared memory)."""
+        self._tails = TailPool()
+        self._trimming = False
         self._host = host
         self._limits = limits
         self._methods: dict[str, Method] = {}
@@ -70,6 +77,7 @@ class RpcService:
         self._connecting: dict[PeerId, trio.Lock] = {}
         self._pool = TaskPool(host.nursery)
         self._threads = trio.CapacityLimiter(WORKER_THREADS)
+        host.nursery.start_soon(self.turn.run)
         host.handle(PROTOCOL_ID, self._accept)
 
     # -- services -------------------------------------------------------------------------------------
@@ -213,7 +221,7 @@ class RpcService:
         await self._run(self._adopt(stream, machine, hello.session))
 
     def _machine(self, *, initiator: bool, session: bytes) -> RpcConnection:
-        return RpcConnection(initiator=initiator, session=session, limits=self._limits, allocate=allocate_tail)
+        return RpcConnection(initiator=initiator, session=session, limits=self._limits, allocate=self._allocate)
 
     def _adopt(self, stream: Stream, machine: RpcConnection, session: bytes) -> PeerChannel:
         peer = stream.connection.peer_id
@@ -236,6 +244,22 @@ class RpcService:
             if self._channels.get(channel.peer) is channel:
                 del self._channels[channel.peer]
 
+    def _allocate(self, length: int) -> Buffer:
+        if self.allocate is not None:
+            return self.allocate(length)
+        if length > POOLED_OVER and not self._trimming:
+            self._trimming = True
+            self._host.nursery.start_soon(self._trim_tails)
+        return self._tails.allocate(length)
+
+    async def _trim_tails(self) -> None:
+        while True:
+            await trio.sleep(TRIM_SECONDS)
+            self._tails.trim()
+            if not self._tails.kept_bytes:
+                self._trimming = False
+                return
+
     # -- requests -----------------------------------------------------------------------------------------
     def _on_request(self, channel: Channel, call: Call, head: bytes, tail: Buffer) -> None:
         method = self._methods.get(call.method)
@@ -254,13 +278,3 @@ class RpcService:
             message = f"no service {service or call.method} is offered here"
         channel.machine.fail(call, SERVICE_NOT_FOUND, "ServiceNotFound", message)
         channel.flush()
-
-
-def allocate_tail(length: int) -> Buffer:
-    """A buffer for a tail: not filled with zeros, because it is written in full before anybody reads it."""
-    if length <= TAIL_BYTES:
-        return bytearray(length)
-    import numpy
-
-    buffer: Any = numpy.empty(length, numpy.uint8)
-    return memoryview(buffer)

@@ -156,7 +156,7 @@ class RpcConnection:
         self._held = 0
         self._now = 0.0
         self._allocate = allocate
-        self._deadlines = Deadlines()
+        self._deadlines = Deadlines(self._calls)
         self._tails = DetachedTails()
         self._reader = FrameReader(self._frame, self._open_inline_tail)
         self._events: list[Event] = []
@@ -306,7 +306,7 @@ class RpcConnection:
         self._calls[call_id] = call
         self.outbound_calls += 1
         if deadline is not None:
-            self._deadlines.add(deadline, call)
+            self._deadlines.add(deadline, call_id)
         return call
 
     def cancel(self, call: Call) -> None:
@@ -502,7 +502,7 @@ class RpcConnection:
         self._calls[call_id] = call
         self.inbound_calls += 1
         if deadline is not None:
-            self._deadlines.add(deadline, call)
+            self._deadlines.add(deadline, call_id)
         if tail_id >= 0:
             self._wait(call, REQUEST, head[args:], None, tail_id, length)
         else:
