@@ -61,6 +61,8 @@ TURN_READS: Final = 16
 """The same for reads that bring little."""
 FREE_SEND_BUFFERS: Final = 4
 """Send buffers kept for the next connection that has something to send."""
+FIRST_PINGS: Final = 4
+"""Pings right after the handshake. The shortest one counts for the windows; the first meets processes busy with setup."""
 GOODBYE_TIMEOUT: Final = 1.0
 """Seconds that `aclose` gives the peer to take what was still queued."""
 LINGER_TIMEOUT: Final = 60.0
@@ -147,6 +149,7 @@ class MuxedConnection(Connection):
         self._out_start = 0
         self._out_end = 0
         self._blocked = False
+        self._first_pings = FIRST_PINGS - 1
         self._parked_writer: trio.lowlevel.Task | None = None
         self._write_waiters: list[tuple[MuxedStream, int, trio.lowlevel.Task]] = []
         self._output_gone = trio.lowlevel.ParkingLot()
@@ -382,6 +385,9 @@ class MuxedConnection(Connection):
         elif isinstance(event, PingAnswered):
             sample = event.round_trip
             self.rtt = sample if self.rtt is None else self.rtt * 0.875 + sample * 0.125
+            if self._first_pings:
+                self._first_pings -= 1
+                self.session.ping(self.now())
         elif isinstance(event, GoAwayReceived):
             self._openers.unpark_all()
             if event.code != GO_AWAY_NORMAL:

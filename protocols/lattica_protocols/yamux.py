@@ -72,7 +72,8 @@ _KNOWN_FLAGS: Final = FLAG_SYN | FLAG_ACK | FLAG_FIN | FLAG_RST
 _header = struct.Struct(">BBHII")
 _pack = _header.pack
 _pack_into = _header.pack_into
-_unpack_from = _header.unpack_from
+_unpack_from = struct.Struct(">III").unpack_from
+"""Version, type and flags as one number: it is 0 for plain data."""
 
 
 # -- events --------------------------------------------------------------------------------------------------
@@ -370,8 +371,23 @@ class YamuxSession:
                     partial.clear()
                     self._receive_header_untrusted(header, now)
             else:
-                self._receive_header_untrusted(_unpack_from(data, pos), now)
+                header = _unpack_from(data, pos)
                 pos += HEADER_BYTES
+                version_type_flags, stream_id, length = header
+                stream = self.streams.get(stream_id)
+                if (
+                    stream is not None
+                    and not version_type_flags  # plain data, nearly all there is: the same as the long way
+                    and 0 < length <= size - pos
+                    and length <= stream.receive_window
+                    and not stream.fin_received
+                ):
+                    stream.receive_window -= length
+                    stream.unconsumed += length
+                    self._events.append(DataReceived(stream, data[pos : pos + length]))
+                    pos += length
+                else:
+                    self._receive_header_untrusted(header, now)
 
     def _receive_body(self, data: memoryview) -> None:
         self._body_left -= len(data)
@@ -383,10 +399,11 @@ class YamuxSession:
             if stream is not None and self._body_flags:
                 self._receive_end(stream, self._body_flags)
 
-    def _receive_header_untrusted(self, header: tuple[int, int, int, int, int], now: float) -> None:
-        version, kind, flags, stream_id, length = header
-        if version != 0:
-            raise RemoteProtocolError(f"yamux version {version}")
+    def _receive_header_untrusted(self, header: tuple[int, int, int], now: float) -> None:
+        version_type_flags, stream_id, length = header
+        if version_type_flags >> 24:
+            raise RemoteProtocolError(f"yamux version {version_type_flags >> 24}")
+        kind, flags = version_type_flags >> 16, version_type_flags & 0xFFFF
         if flags & ~_KNOWN_FLAGS:
             raise RemoteProtocolError(f"unknown yamux flags {flags:#x}")
         if kind in (TYPE_PING, TYPE_GO_AWAY):
