@@ -96,6 +96,9 @@ class PeerChannel(Channel):
         self._bulk_room = trio.lowlevel.ParkingLot()
         self._opened_bulk = 0
         self._bulk_streams = 0
+        self._closing = False
+        self.on_retired: Callable[[PeerChannel], None] | None = None
+        """Called when the session takes no new calls any more."""
         machine.session_call.owner = self
 
     # -- life -----------------------------------------------------------------------------------------
@@ -124,6 +127,26 @@ class PeerChannel(Channel):
             self._bulk_room.unpark_all()
             self._tails.clear()
 
+    def retire(self) -> None:
+        """Take no new calls; end when those that run are done, and the peer agrees."""
+        self.machine.go_away()
+        self.capacity.unpark_all()
+        if self.on_retired is not None:
+            self.on_retired(self)
+        self.flush()
+
+    def write_output(self) -> None:
+        super().write_output()
+        if self.machine.drained() and not self._closing and self._nursery is not None:
+            self._closing = True
+            self._nursery.start_soon(self._close_in_order)
+
+    async def _close_in_order(self) -> None:
+        try:
+            await self.stream.close_write()
+        except (ConnectionLost, StreamReset):
+            pass  # it is closed, then
+
     async def serve_bulk(self, stream: Stream) -> None:
         """Use a bulk stream that the peer opened, until the session is over."""
         if self._bulk_streams >= RPC_MAX_BULK_STREAMS:
@@ -150,7 +173,7 @@ class PeerChannel(Channel):
             self.greeted.set()
             self.capacity.unpark_all()
         elif kind == GOAWAY:
-            self.capacity.unpark_all()
+            self.retire()
 
     # -- waiting ------------------------------------------------------------------------------------------
     def congested(self) -> bool:

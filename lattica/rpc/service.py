@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import trio
 
 from lattica.errors import DeadlineExceeded
+from lattica.host import PeerConnected
 from lattica.interfaces import Stream
 from lattica.rpc.batch import BatchingTurn
 from lattica.rpc.buffers import POOLED_OVER, TailPool
@@ -51,6 +52,8 @@ DefaultHandler: TypeAlias = Callable[[Channel, Call, bytes, Buffer], bool]
 
 MAX_HELLO: Final = 1024
 """Bytes of a HELLO's head: ours has about 60."""
+IDLE_SECONDS: Final = 150.0
+"""A session without calls is closed after one to two of these; opening a new one costs one round trip."""
 TRIM_SECONDS: Final = 5.0
 """Memory of tails is given back when none of its size came for so long."""
 WORKER_THREADS: Final = 16
@@ -78,6 +81,7 @@ class RpcService:
         self._pool = TaskPool(host.nursery)
         self._threads = trio.CapacityLimiter(WORKER_THREADS)
         host.nursery.start_soon(self.turn.run)
+        host.nursery.start_soon(self._follow_paths)
         host.handle(PROTOCOL_ID, self._accept)
 
     # -- services -------------------------------------------------------------------------------------
@@ -171,8 +175,7 @@ class RpcService:
 
     def open_channel(self, peer: PeerId) -> PeerChannel | None:
         """The session with a peer when there is one that takes calls."""
-        channel = self._channels.get(peer)
-        return None if channel is None or channel.machine.going_away else channel
+        return self._channels.get(peer)
 
     async def channel(self, peer: PeerId, deadline: float | None = None) -> PeerChannel:
         """The session with a peer, opened when there is none. Errors: `ConnectError`, `DeadlineExceeded`."""
@@ -181,7 +184,7 @@ class RpcService:
             with trio.fail_at(float("inf") if deadline is None else deadline):
                 async with lock:
                     channel = self._channels.get(peer)
-                    if channel is None or channel.machine.going_away:
+                    if channel is None:
                         stream = await self._host.open_stream(peer, PROTOCOL_ID)
                         channel = await self._start_session(stream)
         except trio.TooSlowError:
@@ -230,19 +233,44 @@ class RpcService:
             return await self._host.open_stream(peer, PROTOCOL_ID, stream_class="bulk")
 
         channel = PeerChannel(stream, machine, session, self._on_request, open_bulk, self.turn)
+        channel.on_retired = self._retired
         self._sessions[peer, session] = channel
         self._channels.setdefault(peer, channel)
-        if self._channels[peer].machine.going_away:
-            self._channels[peer] = channel
+        if len(self._sessions) == 1:
+            self._host.nursery.start_soon(self._retire_idle)
         return channel
+
+    def _retired(self, channel: PeerChannel) -> None:
+        if self._channels.get(channel.peer) is channel:
+            del self._channels[channel.peer]
+
+    async def _follow_paths(self) -> None:
+        """Leave relays behind: when a direct connection comes up, new calls take a new session over it."""
+        async for event in self._host.subscribe():
+            if isinstance(event, PeerConnected) and event.connection.path != "relay":
+                channel = self._channels.get(event.peer)
+                if channel is not None and channel.stream.connection.path == "relay":
+                    channel.retire()
+
+    async def _retire_idle(self) -> None:
+        """Close sessions that nobody used for a while, so that they do not keep connections open for ever."""
+        seen: dict[PeerChannel, int] = {}
+        while self._sessions:
+            await trio.sleep(IDLE_SECONDS)
+            channels = list(self._sessions.values())
+            for channel in channels:
+                machine = channel.machine
+                idle = not machine.outbound_calls and not machine.inbound_calls
+                if idle and seen.get(channel) == machine.calls_seen:
+                    channel.retire()
+            seen = {channel: channel.machine.calls_seen for channel in channels}
 
     async def _run(self, channel: PeerChannel, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         try:
             await channel.run(task_status)
         finally:
             del self._sessions[channel.peer, channel.session]
-            if self._channels.get(channel.peer) is channel:
-                del self._channels[channel.peer]
+            self._retired(channel)
 
     def _allocate(self, length: int) -> Buffer:
         if self.allocate is not None:

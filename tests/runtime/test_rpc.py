@@ -531,6 +531,52 @@ def test_messages_over_the_limit_are_refused_and_nothing_else_happens(with_pair:
     with_pair(test, tail=1_000_000)
 
 
+def test_a_session_leaves_the_relay_and_calls_in_flight_finish(with_pair: Any) -> None:
+    async def test(pair: Pair) -> None:
+        await pair.call("echo", 1)
+        for connection in (*pair.a.connections(pair.peer), *pair.b.connections(pair.a.peer_id)):
+            connection.path = "relay"
+        old = pair.rpc.open_channel(pair.peer)
+        assert old is not None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pair.call, "hang")
+            await pair.service.started.wait()
+            await pair.a._dial(pair.peer, pair.b.listen_addrs())
+            await trio.sleep(0.1)
+            assert await pair.call("echo", 2) == 2
+            new = pair.rpc.open_channel(pair.peer)
+            assert new is not None
+            assert new.stream.connection.path == "memory"
+            assert not old.closed.is_set()
+            pair.service.release.set()
+        await old.closed.wait()
+        assert await pair.rpc_b.call(pair.a.peer_id, "test.echo", 3) == 3
+        assert len(pair.rpc._sessions) == len(pair.rpc_b._sessions) == 1
+
+    async def with_service(pair: Pair) -> None:
+        pair.rpc.serve("test", Service())
+        await test(pair)
+
+    with_pair(with_service)
+
+
+def test_idle_sessions_close_in_order(with_pair: Any) -> None:
+    async def test(pair: Pair) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pair.call, "hang")
+            await trio.sleep(1000)
+            assert (pair.rpc.calls_in_flight(), pair.rpc_b.calls_in_flight()) == (0, 1)
+            channel = pair.rpc.open_channel(pair.peer)
+            assert channel is not None
+            pair.service.release.set()
+        await channel.closed.wait()
+        await trio.sleep(1)
+        assert pair.rpc._sessions == pair.rpc_b._sessions == {}
+        assert await pair.call("echo", 1) == 1
+
+    with_pair(test)
+
+
 def test_unserve(with_pair_and_threads: Any) -> None:
     async def test(pair: Pair) -> None:
         assert "test.echo" in pair.rpc_b.services()["test"]

@@ -143,13 +143,17 @@ class RpcConnection:
         self.peer_calls = RPC_INITIAL_CALLS
         self.peer_tail = RPC_MAX_TAIL
         self.going_away = False
-        """One side sent GOAWAY: no new calls."""
+        """One side sent GOAWAY: we open no new calls."""
+        self.calls_seen = 0
+        """Calls so far, both directions: whether the session was used since somebody looked."""
         self.lost = False
         self.session_call = Call(0, True, 0, "", b"", None)
         """Stands for the session in events that belong to no call (PING, GOAWAY)."""
         self.outbound_calls = 0
         self.inbound_calls = 0
         self._calls: dict[int, Call] = {}
+        self._said_goodbye = False
+        self._heard_goodbye = False
         self._parity = 1 if initiator else 0
         self._next_id = 1 if initiator else 2
         self._next_tail_id = 0
@@ -305,6 +309,7 @@ class RpcConnection:
         call.owner = owner
         self._calls[call_id] = call
         self.outbound_calls += 1
+        self.calls_seen += 1
         if deadline is not None:
             self._deadlines.add(deadline, call_id)
         return call
@@ -366,9 +371,15 @@ class RpcConnection:
         self._send(PING, 0, 0, payload[:RPC_MAX_PING])
 
     def go_away(self) -> None:
-        """Ask for no new calls. Those that run finish."""
-        self.going_away = True
-        self._send(GOAWAY, 0, 0, b"")
+        """Ask for no new calls. Those that run finish. A second time does nothing."""
+        if not self._said_goodbye:
+            self._said_goodbye = True
+            self.going_away = True
+            self._send(GOAWAY, 0, 0, b"")
+
+    def drained(self) -> bool:
+        """Both sides sent GOAWAY and no call runs: the stream may end."""
+        return self._said_goodbye and self._heard_goodbye and not self._calls
 
     # -- forwarding --------------------------------------------------------------------------------
     def forward(
@@ -460,7 +471,7 @@ class RpcConnection:
             else:
                 self._send(PING, FINAL, 0, head)
         elif kind == GOAWAY:
-            self.going_away = True
+            self.going_away = self._heard_goodbye = True
             self._events.append((GOAWAY, self.session_call, head, b""))
         elif kind in _MISPLACED:
             raise RemoteProtocolError("a second HELLO" if kind == HELLO else "BULK on a control stream")
@@ -501,6 +512,7 @@ class RpcConnection:
         self._held += length
         self._calls[call_id] = call
         self.inbound_calls += 1
+        self.calls_seen += 1
         if deadline is not None:
             self._deadlines.add(deadline, call_id)
         if tail_id >= 0:
