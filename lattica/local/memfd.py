@@ -27,6 +27,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Final
 
+from lattica.rpc.buffers import TailPool
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.limits import (
     LOCAL_FD_OVER,
@@ -92,18 +93,26 @@ class OwnedTail(mmap.mmap):
     segment: Segment
     pool: SegmentPool
     lent = False
+    in_use = False
+    """Set once it is mapped: the object exists, and ends, also when that failed."""
 
     def __del__(self) -> None:
-        if not self.lent:
-            self.pool.give_back(self.segment)
+        if self.in_use:
+            _owned.add(-1)
+            if not self.lent:
+                self.pool.give_back(self.segment)
 
 
 class ReceivedTail(mmap.mmap):
     """A segment of another process, mapped here. Tells it when nothing over the mapping is left."""
 
+    in_use = False
+    """As in `OwnedTail`."""
+
     def __del__(self) -> None:
-        _live.add(-1)
-        self[_RELEASED_AT] = 1
+        if self.in_use:
+            _live.add(-1)
+            self[_RELEASED_AT] = 1
 
 
 class _Count:
@@ -119,7 +128,9 @@ class _Count:
 
 
 _live = _Count()
-"""Mappings of this process that are in use; each holds a file descriptor."""
+"""Received tails that are mapped; each holds a file descriptor."""
+_owned = _Count()
+"""Tails of our own that are mapped; each holds two."""
 
 
 class SegmentPool:
@@ -127,12 +138,13 @@ class SegmentPool:
 
     def __init__(self, max_idle_bytes: int = LOCAL_POOL_BYTES) -> None:
         self._max_idle_bytes = max_idle_bytes
+        self._ordinary = TailPool()
         self._idle: list[Segment] = []
         self._idle_bytes = 0
         self._lock = threading.RLock()  # a finalizer may run in the middle of a method
         self._closed = False
         self.now = 0.0
-        """Set by whoever calls `trim`; any monotonic clock in seconds."""
+        """Of the last `trim`; any monotonic clock in seconds."""
 
     def store(self, buffers: Sequence[Buffer], length: int) -> Segment:
         """A segment with the bytes of `buffers`, to be lent. Raises `OSError` when there is no memory for it.
@@ -174,18 +186,20 @@ class SegmentPool:
         except BaseException:
             segment.close()
             raise
-        mapping.segment, mapping.pool = segment, self
+        mapping.segment, mapping.pool, mapping.in_use = segment, self, True
         segment.mapping = weakref.ref(mapping)
+        _owned.add(1)
         return memoryview(mapping)[HEADER_BYTES:]
 
     def allocate_tail(self, length: int) -> Buffer:
-        """The allocator of a machine: shared memory for what is worth it, ordinary memory for the rest."""
-        if length > LOCAL_FD_OVER and AVAILABLE:
+        """The allocator of a machine: shared memory for what is worth it, ordinary memory for the rest, and for all
+        once `LOCAL_MAX_MAPPINGS` are in use: a peer must not take our file descriptors."""
+        if length > LOCAL_FD_OVER and AVAILABLE and _owned.value < LOCAL_MAX_MAPPINGS:
             try:
                 return self.allocate(length)
             except OSError:  # no file descriptor is left
-                return bytearray(length)
-        return bytearray(length)
+                return self._ordinary.allocate(length)
+        return self._ordinary.allocate(length)
 
     def give_back(self, segment: Segment) -> None:
         """The segment is free again."""
@@ -199,6 +213,7 @@ class SegmentPool:
 
     def trim(self, now: float) -> bool:
         """Free what was idle for long. True when something is left to trim later."""
+        self._ordinary.trim()
         with self._lock:
             self.now = now
             keep = []
@@ -296,6 +311,7 @@ def map_tail_untrusted(fd: int) -> memoryview | bytearray:
         mapping = ReceivedTail(fd, HEADER_BYTES + length)
     except OSError as error:  # sealed against writing, opened for reading only
         raise RemoteProtocolError(f"a memfd came that cannot be mapped: {error.strerror}") from None
+    mapping.in_use = True
     _live.add(1)
     return memoryview(mapping)[HEADER_BYTES:]
 

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from lattica.errors import ConnectError, LatticaError
+from lattica.local.memfd import SegmentPool
 from lattica.local.server import LocalClient
 from lattica.rpc.channel import Channel, splice
 from lattica.rpc.methods import Method, methods_of
@@ -62,7 +63,9 @@ class _Worker:
 class Forwarder:
     """Routes calls. Give `on_local_request` and `client_gone` to the local server, and it takes the peers' itself."""
 
-    def __init__(self, rpc: RpcService, peer_id: PeerId, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, rpc: RpcService, peer_id: PeerId, nursery: trio.Nursery, pool: SegmentPool | None = None
+    ) -> None:
         self._rpc = rpc
         self._peer_id = peer_id
         self._own_route = peer_id.to_bytes()
@@ -73,6 +76,9 @@ class Forwarder:
         self._by_client: dict[LocalClient, set[str]] = {}
         self._peers: dict[bytes, PeerId] = {}
         self._queues: dict[PeerId, _PeerQueue] = {}
+        self.pool = SegmentPool() if pool is None else pool
+        """Shared memory for long tails. The local server uses the same, so that nothing is copied on the way."""
+        rpc.allocate = self.pool.allocate_tail
         rpc.set_default_handler(self.on_peer_request)
 
     # -- services -----------------------------------------------------------------------------------------
@@ -188,7 +194,7 @@ class Forwarder:
                 return
             queue = self._queues[peer] = _PeerQueue(peer)
             self._nursery.start_soon(self._run_queue, queue)
-        queue.requests.append((channel, call, head, tail))
+        queue.requests.append(_Waiting(channel, call, head, tail))
 
     async def _run_queue(self, queue: _PeerQueue) -> None:
         """Connect to a peer, or wait until it takes more, and pass on what came meanwhile."""
@@ -197,13 +203,13 @@ class Forwarder:
                 target = await self._rpc.channel(queue.peer)
                 await target.greeted.wait()
                 while queue.requests and not target.congested() and not target.closed.is_set():
-                    splice(*queue.requests.popleft(), target)
+                    queue.requests.popleft().pass_on(target)
                 await target.writable()
         except (LatticaError, RemoteProtocolError) as error:
             public = error if isinstance(error, LatticaError) else ConnectError(str(error))
             code, kind, message = forward_status_of(public)
-            for channel, call, _, _ in queue.requests:
-                _fail(channel, call, code, kind, message)
+            for waiting in queue.requests:
+                _fail(waiting.channel, waiting.call, code, kind, message)
         finally:
             del self._queues[queue.peer]
 
@@ -230,7 +236,30 @@ class _PeerQueue:
 
     def __init__(self, peer: PeerId) -> None:
         self.peer = peer
-        self.requests: deque[tuple[Channel, Call, bytes, Buffer]] = deque()
+        self.requests: deque[_Waiting] = deque()
+
+
+class _Waiting:
+    """One of them, with the frames of the call that came after it."""
+
+    __slots__ = ("call", "channel", "frames", "head", "tail")
+
+    def __init__(self, channel: Channel, call: Call, head: bytes, tail: Buffer) -> None:
+        self.channel = channel
+        self.call = call
+        self.head = head
+        self.tail = tail
+        self.frames: list[tuple[int, bytes, Buffer]] = []
+        call.owner = self
+
+    def on_frame(self, kind: int, call: Call, head: bytes, tail: Buffer) -> None:
+        self.frames.append((kind, head, tail))
+
+    def pass_on(self, target: Channel) -> None:
+        splice(self.channel, self.call, self.head, self.tail, target)
+        for kind, head, tail in self.frames:
+            if not self.call.over:
+                self.call.owner.on_frame(kind, self.call, head, tail)
 
 
 def _fail(channel: Channel, call: Call, code: int, kind: str, message: str) -> None:
