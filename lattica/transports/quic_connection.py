@@ -22,6 +22,7 @@ from lattica.transports.quic_engine import ALPN, MAX_DATAGRAM_BYTES, Address, En
 from lattica.transports.quic_mtu import BASE_BYTES, PathMtuSearch
 from lattica.transports.quic_stream import QuicStream
 from lattica_protocols.errors import RemoteProtocolError
+from lattica_protocols.limits import MAX_QUIC_STREAMS
 from lattica_protocols.multiaddr import Multiaddr
 from lattica_protocols.peer_id import PeerId
 from lattica_protocols.tls import verify_certificate_untrusted
@@ -40,6 +41,9 @@ _BAD_CERTIFICATE = 42
 _CERTIFICATE_REQUIRED = 116
 _NO_APPLICATION_PROTOCOL = 120
 _CLOSE_REPEATS = 4
+_MAX_UNACCEPTED = 2 * MAX_QUIC_STREAMS
+"""A stream that the peer finished and asked us not to answer (STOP_SENDING) makes room for another before anybody
+has accepted it, so the engine's limit alone does not bound these."""
 
 
 class QuicLink(Connection):
@@ -100,7 +104,7 @@ class QuicLink(Connection):
         while True:
             while self._accepted:
                 stream = self._accepted.popleft()
-                if stream.connection is self:
+                if not stream.failed:
                     return stream
             self._check_alive()
             await self._accepting.park()
@@ -148,10 +152,10 @@ class QuicLink(Connection):
         engine = self.engine
         while (event := engine.next_event()) is not None:
             if isinstance(event, events.StreamDataReceived):
-                if self.established:
+                if self.established and not self._over:
                     self._stream(event.stream_id).deliver(event.data, event.end_stream)
             elif isinstance(event, events.StreamReset):
-                if self.established:
+                if self.established and not self._over:
                     self._stream(event.stream_id).peer_reset()
             elif isinstance(event, events.StopSendingReceived):
                 stream = self._streams.get(event.stream_id)
@@ -266,6 +270,8 @@ class QuicLink(Connection):
                 stream.peer_stopped()
             self._accepted.append(stream)
             self._accepting.unpark()
+            if len(self._accepted) > _MAX_UNACCEPTED:
+                self.abort(ConnectionLost("the peer opens streams faster than they can be accepted"))
         return stream
 
     def _verify_peer(self, now: float) -> None:

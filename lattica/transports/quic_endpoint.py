@@ -15,6 +15,7 @@ Three tasks, however many connections there are:
 from __future__ import annotations
 
 import errno
+import hmac
 import time
 from collections.abc import Callable
 from heapq import heappop, heappush
@@ -305,8 +306,6 @@ class Endpoint:
 
 def new_reset_secret(key_seed: bytes) -> bytes:
     """The secret behind stateless resets: the same after a restart, of no use for anything else."""
-    import hmac
-
     return hmac.digest(key_seed, b"lattica quic stateless reset", "sha256")
 
 

@@ -56,8 +56,7 @@ class UdpSocket:
             for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
                 self._socket.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
             self._socket.bind((host, port))
-            self._gso = self._gro = False
-            self._pktinfo = False
+            self._gso = self._pktinfo = False
             if _LINUX:
                 self._set_linux_options()
         except OSError:
@@ -66,7 +65,6 @@ class UdpSocket:
         self.address: Address = self._socket.getsockname()
         self._buffer = bytearray(65536)
         self._view = memoryview(self._buffer)
-        self._segment_header: dict[int, bytes] = {}
 
     def close(self) -> None:
         self._socket.close()
@@ -173,7 +171,6 @@ class UdpSocket:
             self._pktinfo = True
         try:
             sock.setsockopt(_SOL_UDP, _UDP_GRO, 1)
-            self._gro = True
             sock.setsockopt(_SOL_UDP, _UDP_SEGMENT, 0)
             self._gso = True
         except OSError:

@@ -233,6 +233,11 @@ class QuicStream(Stream):
         return True
 
     @property
+    def failed(self) -> bool:
+        """It was reset, or its connection is gone."""
+        return self._error is not None
+
+    @property
     def finished(self) -> bool:
         """Nothing is left to do in either direction, except for what the engine sends again by itself."""
         return self._receive_done and self._write_done

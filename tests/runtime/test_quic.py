@@ -620,6 +620,43 @@ def test_many_streams(run: Run) -> None:
     run(main)
 
 
+def test_streams_that_nobody_accepts_are_bounded(run: Run) -> None:
+    """Finished and not to be answered, a stream makes room for the next one at once."""
+
+    async def main() -> None:
+        async with open_pair() as pair:
+            ours, theirs = await pair.connect()
+
+            async def flood() -> None:
+                while True:
+                    stream = await ours.open_stream()
+                    stream.write(b"x")
+                    await stream.close_write()
+                    stream.stop_lingering()
+
+            with pytest.raises(ConnectionLost):
+                await flood()
+            await theirs.closed.wait()
+            assert "accepted" in str(theirs.close_error)
+
+    run(main)
+
+
+def test_reset_streams_are_not_accepted(run: Run) -> None:
+    async def main() -> None:
+        async with open_pair() as pair:
+            ours, theirs = await pair.connect()
+            first, second = await ours.open_stream(), await ours.open_stream()
+            first.write(b"first")
+            await until(lambda: theirs.stream_count() == 1)
+            first.reset()
+            await until(lambda: theirs.stream_count() == 0)
+            second.write(b"second")
+            assert await (await theirs.accept_stream()).receive_some() == b"second"
+
+    run(main)
+
+
 # -- the path -----------------------------------------------------------------------------------------------------
 class Network:
     """A UDP middlebox between a client and `target`: loses, limits sizes, and changes its port like a NAT."""
