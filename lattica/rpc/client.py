@@ -57,6 +57,10 @@ class _Waiter:
             self.channel.capacity.unpark()
 
 
+class SessionOver(ConnectionLost):
+    """The session takes no new calls; nothing was sent, so another session can be tried."""
+
+
 async def unary_call(
     channel: PeerChannel,
     method: str,
@@ -131,7 +135,7 @@ def _open(
 ) -> Call:
     machine = channel.machine
     if machine.lost or machine.going_away:
-        raise ConnectionLost(f"the session with {channel.peer.short()} is over")
+        raise SessionOver(f"the session with {channel.peer.short()} is over")
     now = 0.0 if deadline is None else trio.current_time()
     try:
         call = machine.open_call(method, head, tails, flags=flags, deadline=deadline, now=now, owner=owner)
@@ -141,6 +145,40 @@ def _open(
     if deadline is not None:
         channel.deadline_added(deadline)
     return call
+
+
+class ItemStream:
+    """The items of one server-streaming call, an asynchronous iterator. Dropping it cancels the call."""
+
+    def __init__(self, call: OpenCall) -> None:
+        self._call = call
+        self._token: trio.lowlevel.TrioToken | None = None
+
+    def __aiter__(self) -> ItemStream:
+        return self
+
+    async def __anext__(self) -> Any:
+        if self._token is None:
+            await self._call.__aenter__()
+            self._token = trio.lowlevel.current_trio_token()
+        return await self._call.__anext__()
+
+    async def aclose(self) -> None:
+        """Cancel the call unless it is over."""
+        if self._token is not None:
+            self._call.cancel()
+        await trio.lowlevel.checkpoint()
+
+    def __del__(self) -> None:
+        if self._token is None or self._call.is_over():
+            return
+        if trio.lowlevel.in_trio_run():
+            self._call.cancel()
+        else:  # the garbage collector of another thread
+            try:
+                self._token.run_sync_soon(self._call.cancel)
+            except trio.RunFinishedError:
+                pass
 
 
 class OpenCall:
@@ -172,13 +210,17 @@ class OpenCall:
         self._parking = Parking()
 
     async def __aenter__(self) -> OpenCall:
-        channel = await self._service.channel(self._peer, self._deadline)
-        if not channel.machine.can_open() or channel.congested():
-            await _room_for_call(channel, self._deadline)
         head, tails, flags = self._encoded
+        while True:
+            self._channel = channel = await self._service.channel(self._peer, self._deadline)
+            if not channel.machine.can_open() or channel.congested():
+                await _room_for_call(channel, self._deadline)
+            try:
+                self._call = _open(channel, self._method, head, tails, flags | self._flags, self._deadline, self)
+            except SessionOver:
+                continue
+            break
         del self._encoded
-        self._channel = channel
-        self._call = _open(channel, self._method, head, tails, flags | self._flags, self._deadline, self)
         self._reader = ItemReader(channel, self._call)
         self._writer = ItemWriter(channel, self._call)
         if self._error is not None:
@@ -196,6 +238,10 @@ class OpenCall:
             self._channel.machine.cancel(self._call)
             self._channel.flush()
             self._over(CallCancelled(f"{self._method} was cancelled here"))
+
+    def is_over(self) -> bool:
+        """The last frame was sent or received."""
+        return self._call.over
 
     async def send(self, value: object) -> None:
         """Send one item; waits while the handler does not keep up. Raises the call's error when it is over."""

@@ -10,7 +10,8 @@
 
 With `@client_streaming` the first argument is an asynchronous iterator over the items that the caller sends
 (not for methods that run in threads). Without it a caller who streams is taken at his word when an argument is
-missing otherwise. Names with a leading underscore are never offered, and a name is looked up
+missing otherwise. Arrays in a result or an item are sent from where they are: yield and return fresh ones,
+not a buffer that is written again. Names with a leading underscore are never offered, and a name is looked up
 in this table only: nothing that a caller sends becomes an attribute access.
 """
 

@@ -42,8 +42,9 @@ class BulkStream:
         self._reader = BulkReader(channel.machine)
 
     def data_received(self, data: memoryview) -> None:
-        self._reader.receive_data(data)
-        self._channel.dispatch()
+        if not self._channel.closed.is_set():
+            self._reader.receive_data(data)
+            self._channel.dispatch()
 
     def eof_received(self) -> None:
         self._channel.abort("a bulk stream ended")
@@ -126,6 +127,7 @@ class PeerChannel(Channel):
             self.capacity.unpark_all()
             self._bulk_room.unpark_all()
             self._tails.clear()
+            self._idle_bulk.unpark_all()
 
     def retire(self) -> None:
         """Take no new calls; end when those that run are done, and the peer agrees."""
@@ -156,6 +158,8 @@ class PeerChannel(Channel):
 
     # -- the control stream as a sink --------------------------------------------------------------------
     def data_received(self, data: memoryview) -> None:
+        if self.closed.is_set():
+            return
         self.machine.receive_data(data, trio.current_time())
         self.dispatch()
         if self.stream.queued_bytes() > UNREAD_LIMIT:
@@ -232,8 +236,10 @@ class PeerChannel(Channel):
             self._nursery.start_soon(self._run_bulk)
 
     async def next_tail(self) -> tuple[int, int, Sequence[Buffer]]:
-        """The next tail to send on a bulk stream."""
+        """The next tail to send on a bulk stream. `ConnectionLost` when the session is over."""
         while not self._tails:
+            if self.closed.is_set():
+                raise ConnectionLost("the session is over")
             await self._idle_bulk.park()
         return self._tails.popleft()
 

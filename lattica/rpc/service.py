@@ -14,7 +14,7 @@ There is one session with a peer, opened by whoever calls first and used by both
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import trio
@@ -25,12 +25,13 @@ from lattica.interfaces import Stream
 from lattica.rpc.batch import BatchingTurn
 from lattica.rpc.buffers import POOLED_OVER, TailPool
 from lattica.rpc.channel import Channel, Speaker
-from lattica.rpc.client import OpenCall, unary_call
+from lattica.rpc.client import ItemStream, OpenCall, SessionOver, unary_call
 from lattica.rpc.methods import Method, Style, methods_of
 from lattica.rpc.peer_channel import PeerChannel
 from lattica.rpc.pool import TaskPool
 from lattica.rpc.server import InboundCall
 from lattica_protocols.errors import RemoteProtocolError
+from lattica_protocols.limits import RPC_MAX_SESSIONS
 from lattica_protocols.rpc.calls import Call
 from lattica_protocols.rpc.connection import DEFAULT_LIMITS, RpcConnection, RpcLimits
 from lattica_protocols.rpc.frames import (
@@ -52,6 +53,8 @@ DefaultHandler: TypeAlias = Callable[[Channel, Call, bytes, Buffer], bool]
 
 MAX_HELLO: Final = 1024
 """Bytes of a HELLO's head: ours has about 60."""
+HELLO_SECONDS: Final = 10.0
+"""It travels with the stream's first data; this is for paths that lose packets."""
 IDLE_SECONDS: Final = 150.0
 """A session without calls is closed after one to two of these; opening a new one costs one round trip."""
 TRIM_SECONDS: Final = 5.0
@@ -141,21 +144,23 @@ class RpcService:
         went away while the call ran), `ConnectError` (no connection could be made), `PeerMisbehaved`.
         """
         deadline = None if timeout is None else trio.current_time() + timeout
-        channel = self._channels.get(peer)
-        if channel is None:
-            channel = await self.channel(peer, deadline)
-        return await unary_call(channel, method, args, kwargs, deadline)
+        while True:
+            channel = self._channels.get(peer)
+            if channel is None:
+                channel = await self.channel(peer, deadline)
+            try:
+                return await unary_call(channel, method, args, kwargs, deadline)
+            except SessionOver:
+                await trio.lowlevel.checkpoint()
 
-    async def stream(
+    def stream(
         self, peer: PeerId, method: str, /, *args: object, timeout: float | None = None, **kwargs: object
-    ) -> AsyncIterator[Any]:
-        """Call a method that yields, and iterate over what it yields. Leaving the loop early: close the iterator
-        (`contextlib.aclosing`), or use `open_call`. Errors as in `call`."""
+    ) -> ItemStream:
+        """Call a method that yields, and iterate over what it yields. Leaving the loop cancels the call as soon
+        as nobody holds the iterator any more. Errors as in `call`."""
         deadline = None if timeout is None else trio.current_time() + timeout
         call = OpenCall(self, peer, method, args, kwargs, sends=False, receives=True, deadline=deadline)
-        async with call:
-            async for item in call:
-                yield item
+        return ItemStream(call)
 
     def open_call(
         self,
@@ -204,11 +209,15 @@ class RpcService:
 
     async def _accept(self, stream: Stream) -> None:
         """An inbound stream: a control stream or one for long tails, as its HELLO says."""
-        header = await stream.receive_exactly(HEADER_SIZE)
-        body, kind, _, head_length, _ = HEADER.unpack(header)
-        if kind != HELLO or body != head_length or body > MAX_HELLO:
-            raise RemoteProtocolError("the stream does not begin with HELLO")
-        head = await stream.receive_exactly(body)
+        try:
+            with trio.fail_after(HELLO_SECONDS):
+                header = await stream.receive_exactly(HEADER_SIZE)
+                body, kind, _, head_length, _ = HEADER.unpack(header)
+                if kind != HELLO or body != head_length or body > MAX_HELLO:
+                    raise RemoteProtocolError("the stream does not begin with HELLO")
+                head = await stream.receive_exactly(body)
+        except trio.TooSlowError:
+            raise RemoteProtocolError(f"no HELLO within {HELLO_SECONDS:g} s") from None
         hello = decode_hello_head_untrusted(head)
         key = (stream.connection.peer_id, hello.session)
         if hello.bulk:
@@ -219,6 +228,8 @@ class RpcService:
             return
         if not hello.session or key in self._sessions:
             raise RemoteProtocolError("a session without a name, or with one in use")
+        if sum(peer == key[0] for peer, _ in self._sessions) >= RPC_MAX_SESSIONS:
+            raise RemoteProtocolError(f"more than {RPC_MAX_SESSIONS} sessions")
         machine = self._machine(initiator=False, session=b"")
         machine.receive_data(header + head, trio.current_time())
         await self._run(self._adopt(stream, machine, hello.session))

@@ -115,6 +115,13 @@ RPC_MAX_HELD = 2 << 30
 """Bytes of messages that one peer can make us hold: tails on their way, arguments of calls that run, items not
 yet consumed. Twice the longest tail, so one of the longest never blocks the small ones."""
 
+RPC_OBJECT_WEIGHT = 64
+"""msgpack of arguments counts so often against `RPC_MAX_HELD`: an empty map is 1 byte there and 64 as a dict."""
+
+RPC_MAX_SESSIONS = 8
+"""Control streams that one peer has open with us: one is normal, a second while both sides open at once or a path
+changes."""
+
 RPC_STREAM_ITEMS = 64
 RPC_STREAM_BYTES = 4 << 20
 """A stream's first credit: 64 items of 64 KiB fill a path of 1 Gbit/s and 32 ms."""

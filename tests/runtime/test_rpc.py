@@ -448,6 +448,56 @@ def test_leaving_a_stream_cancels_its_handler(with_pair: Any) -> None:
     with_pair(test)
 
 
+def test_dropping_a_stream_cancels_its_handler(with_pair: Any) -> None:
+    async def test(pair: Pair) -> None:
+        async for i in pair.rpc.stream(pair.peer, "test.count", 10_000):
+            if i == 3:
+                break
+        await pair.service.cancelled.wait()
+        await pair.rpc.stream(pair.peer, "test.count", 3).aclose()  # never started
+
+    with_pair(test)
+
+
+def test_nothing_stays_behind_when_a_session_ends(with_pair: Any) -> None:
+    async def test(pair: Pair) -> None:
+        pair.rpc.serve("test", Service())
+        await pair.call("echo", np.zeros(300_000, np.uint8))
+        await pair.rpc_b.call(pair.a.peer_id, "test.echo", np.zeros(300_000, np.uint8))
+        connections = [*pair.a.connections(pair.peer), *pair.b.connections(pair.a.peer_id)]
+        assert all(connection.stream_count() >= 2 for connection in connections)
+        channel = pair.rpc.open_channel(pair.peer)
+        assert channel is not None
+        channel.abort("test")
+        await trio.sleep(1)
+        assert [connection.stream_count() for connection in connections] == [0, 0]
+        assert not pair.rpc._sessions
+        assert not pair.rpc_b._sessions
+        assert len(await pair.call("echo", np.zeros(300_000, np.uint8))) == 300_000
+
+    with_pair(test)
+
+
+def test_calls_that_wait_for_room_move_to_a_new_session(with_pair: Any) -> None:
+    async def test(pair: Pair) -> None:
+        await pair.call("echo", 1)
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(pair.call, "hang")
+            await pair.service.started.wait()
+            nursery.start_soon(pair.call, "hang")
+            await trio.sleep(1)
+            assert pair.service.running == 2
+            channel = pair.rpc.open_channel(pair.peer)
+            assert channel is not None
+            channel.retire()
+            await trio.sleep(1)
+            assert pair.service.running == 4
+            pair.service.release.set()
+
+    with_pair(test, calls=2)
+
+
 def test_deadline_ends_the_call_on_both_sides(with_pair: Any) -> None:
     async def test(pair: Pair) -> None:
         await pair.call("echo", 1)

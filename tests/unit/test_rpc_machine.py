@@ -346,7 +346,7 @@ def test_bytes_held_for_calls_are_bounded_and_come_free() -> None:
     a.machine.open_call("a.b", b"\x90", [bytes(60_000)])
     pump(a, b)
     assert b.kinds() == [REQUEST]
-    assert b.machine._held == 60_000
+    assert b.machine._held == 60_064
 
 
 def test_our_own_limits_are_errors_of_ours() -> None:

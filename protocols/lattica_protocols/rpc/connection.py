@@ -51,6 +51,7 @@ from lattica_protocols.limits import (
     RPC_MAX_PING,
     RPC_MAX_ROUTE,
     RPC_MAX_TAIL,
+    RPC_OBJECT_WEIGHT,
     RPC_SPILL_OVER,
     RPC_STREAM_BYTES,
     RPC_STREAM_ITEMS,
@@ -83,6 +84,7 @@ from lattica_protocols.rpc.frames import (
     RESOURCE_EXHAUSTED,
     RESPONSE,
     SERVER_STREAM,
+    VALUE_HEAD,
     Buffer,
     Hello,
     decode_hello_head_untrusted,
@@ -108,7 +110,7 @@ class RpcLimits:
     """What one side of a connection accepts. Reasons: `limits.py`."""
 
     calls: int = RPC_MAX_CALLS
-    """Inbound calls at once."""
+    """Inbound calls at once. A peer sends up to 64 before it knows the number; below that some are refused."""
     tail: int = RPC_MAX_TAIL
     """Longest tail, bytes."""
     held: int = RPC_MAX_HELD
@@ -500,7 +502,10 @@ class RpcConnection:
             method = str(head[6 + route_length : args], "utf-8")
         except UnicodeDecodeError:
             raise RemoteProtocolError("request head: the method is not UTF-8") from None
-        refusal = self._refusal(tail, tail_id, length)
+        weight = length + RPC_OBJECT_WEIGHT * (len(head) - args)
+        if length and head[args : args + 2] == VALUE_HEAD:  # the arguments' msgpack is in the tail
+            weight = RPC_OBJECT_WEIGHT * length
+        refusal = self._refusal(tail, tail_id, length, weight)
         if refusal is not None:
             if tail_id >= 0:
                 self._tails.discard(tail_id, length)
@@ -508,8 +513,8 @@ class RpcConnection:
             return
         deadline = self._now + deadline_ms / 1000 if deadline_ms else None
         call = Call(call_id, False, flags & (BOTH_STREAMS | KEYWORDS), method, head[6 : 6 + route_length], deadline)
-        call.held = length
-        self._held += length
+        call.held = weight
+        self._held += weight
         self._calls[call_id] = call
         self.inbound_calls += 1
         self.calls_seen += 1
@@ -521,13 +526,13 @@ class RpcConnection:
             call.announced = True
             self._events.append((REQUEST, call, head[args:], tail if tail is not None else b""))
 
-    def _refusal(self, tail: Buffer | None, tail_id: int, length: int) -> str | None:
+    def _refusal(self, tail: Buffer | None, tail_id: int, length: int, weight: int) -> str | None:
         """Why a message is not taken, although it breaks no rule."""
         if self.inbound_calls >= self.limits.calls:
             return f"{self.limits.calls} calls are running"
         if length > self.limits.tail:
             return f"the message has {length} bytes, the limit is {self.limits.tail}"
-        if self._held + length > self.limits.held or (tail is None and tail_id < 0):
+        if self._held + weight > self.limits.held or (tail is None and tail_id < 0):
             return f"messages of {self._held} bytes are waiting"
         return None
 

@@ -71,6 +71,9 @@ UNREACHABLE: Final = 7
 CONNECTION_LOST: Final = 8
 INTERNAL: Final = 9
 
+VALUE_HEAD: Final = b"\xd8\x05"
+"""How a head begins whose value is in the tail: msgpack's fixext 16 with our extension 5."""
+
 HEADER: Final = struct.Struct("<IBBHI")
 HEADER_SIZE: Final = HEADER.size
 REQUEST_PRELUDE: Final = struct.Struct("<IBB")

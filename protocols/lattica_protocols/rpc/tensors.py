@@ -36,7 +36,7 @@ import msgpack
 from lattica_protocols.errors import LocalProtocolError, RemoteProtocolError
 from lattica_protocols.limits import RPC_MAX_ARRAY, RPC_MAX_RANK, RPC_MAX_VALUE, RPC_SPILL_OVER
 from lattica_protocols.rpc.dtypes import dtype_code, item_size_untrusted, numpy_dtype
-from lattica_protocols.rpc.frames import KEYWORDS, Buffer
+from lattica_protocols.rpc.frames import KEYWORDS, VALUE_HEAD, Buffer
 
 if TYPE_CHECKING:
     import numpy
@@ -258,10 +258,6 @@ def _ext(code: int, payload: bytes) -> bytes:
 
 
 # -- decoding -----------------------------------------------------------------------------------------
-_VALUE_HEAD = b"\xd8\x05"
-"""How a head with extension 5 begins: fixext 16."""
-
-
 def decode_value_untrusted(head: bytes, tail: Buffer = b"") -> Any:
     """The value that `encode_value` put into `head` and `tail`; arrays and views lie over `tail`.
 
@@ -269,7 +265,7 @@ def decode_value_untrusted(head: bytes, tail: Buffer = b"") -> Any:
     """
     hook = _Decoder(tail).hook if len(tail) else _NO_TAIL_HOOK
     data: bytes | memoryview = head
-    if head[:2] == _VALUE_HEAD and len(head) == 18:
+    if head[:2] == VALUE_HEAD and len(head) == 18:
         data = _value_in_tail_untrusted(head, tail)
     try:
         return msgpack.unpackb(data, ext_hook=hook, strict_map_key=False, timestamp=3, max_array_len=RPC_MAX_ARRAY)
