@@ -147,7 +147,7 @@ def test_errors_of_the_daemon_keep_their_class(alice: lattica.Client) -> None:
 
 
 def test_no_daemon(tmp_path: Path) -> None:
-    with pytest.raises(DaemonNotRunning, match="no daemon answers at .*; start one with 'lattica up'"):
+    with pytest.raises(DaemonNotRunning, match=r"no daemon answers at .*; start one with 'lattica up'"):
         lattica.connect(tmp_path)
 
 
@@ -330,8 +330,7 @@ def test_a_cancelled_call_says_so(alice: lattica.Client, bob: str) -> None:
         next(call)
         call.cancel()
         with pytest.raises(CallCancelled):
-            while True:
-                next(call)
+            list(call)
 
 
 # -- services ---------------------------------------------------------------------------------------------------
