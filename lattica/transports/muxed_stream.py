@@ -74,21 +74,19 @@ class MuxedStream(Stream):
         if type(data) is bytes and state.queued + len(data) < HIGH_WATER:
             self.write(data)  # cannot change, so there is nothing to wait for
             return
-        view = memoryview(data)
-        if not view.nbytes:
+        if len(data) == 0:
             return
-        view = view.cast("B") if view.ndim != 1 or view.format != "B" else view
-        self.write(view)
-        done = False
-        try:
-            await self._connection.wait_sent(self, state.sent + state.queued)
-            done = True
-        finally:
-            # Cancelled: the caller wants the memory back, and the peer must not see a hole in the stream.
-            # Either nothing of it was sent, then it never was; or it stands first in the queue, and the rest
-            # of it is copied.
-            if not done and not state.withdraw(view):
-                state.own_queued()
+        with memoryview(data) as whole, whole.cast("B") as view:
+            self.write(view)
+            done = False
+            try:
+                await self._connection.wait_sent(self, state.sent + state.queued)
+                done = True
+            finally:
+                # Cancelled: the caller wants the memory back, and the peer must not see a hole in the stream. Either
+                # nothing of it was sent, then it never was; or it stands first in the queue, and the rest is copied.
+                if not done and not state.withdraw(view):
+                    state.own_queued()
 
     async def close_write(self) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()
@@ -206,6 +204,7 @@ class MuxedStream(Stream):
 
     # -- ending ----------------------------------------------------------------------------------------------
     def reset(self) -> None:
+        self._drop_buffer()
         self._abort(StreamReset("the stream was reset by us"))
 
     def _abort(self, error: Exception) -> None:
@@ -218,9 +217,7 @@ class MuxedStream(Stream):
         if self._error is None and not self._discarding:
             self._session.close_write(self.state)
             self._discarding = True
-            self._connection.unread_bytes -= len(self._buffer) - self._pushed_back
-            self._pushed_back = 0
-            self._buffer.clear()
+            self._drop_buffer()
             if not self._ended:
                 self._connection.linger(self)
             self._connection.wake_writer()
@@ -256,7 +253,18 @@ class MuxedStream(Stream):
         self._buffer += data
         self._connection.unread_bytes += len(data)
         if self._connection.unread_bytes > YAMUX_MAX_BUFFERED:
+            self._drop_buffer()
             self._abort(StreamReset(f"over {YAMUX_MAX_BUFFERED} bytes of this connection wait to be read"))
+
+    def _uncount_buffer(self) -> None:
+        """What is buffered is ours from now on: nobody gets window for it, and if nobody reads it, it goes away with us."""
+        self._connection.unread_bytes -= len(self._buffer) - self._pushed_back
+        self._pushed_back = len(self._buffer)
+
+    def _drop_buffer(self) -> None:
+        self._uncount_buffer()
+        self._buffer.clear()
+        self._pushed_back = 0
 
     def deliver_eof(self) -> None:
         """The peer finished its direction."""
@@ -267,12 +275,14 @@ class MuxedStream(Stream):
     def finish(self) -> None:
         """Both directions ended in order."""
         self._ended = True
+        self._uncount_buffer()
         self._tell_sink_end()
 
     def fail(self, error: Exception) -> None:
         """The stream is gone. What was received before can still be read."""
         if self._error is None and not self._ended:
             self._error = error
+            self._uncount_buffer()
             self._connection.fail_write_waiters(self, error)
             self._wake_reader(outcome.Error(_again(error)))
             self._tell_sink_end()

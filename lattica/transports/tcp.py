@@ -191,7 +191,7 @@ class TcpListener(Listener):
         """Accept until it is closed."""
         try:
             with self._scope, contextlib.suppress(trio.ClosedResourceError):
-                while True:
+                while self._socket.fileno() != -1:
                     await self._accept()
         finally:
             self._close()
