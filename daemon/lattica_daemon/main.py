@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, EXIT_USAGE)
     except LatticaError as error:
         return _fail(error, EXIT_FAILED)
-    except OSError as error:
-        return _fail(error, EXIT_FAILED)
+    except OSError as error:  # an address in use, a disk that is full: the system's own words, without its number
+        return _fail(LatticaError(error.strerror or str(error)), EXIT_FAILED)
 
 
 def _run(

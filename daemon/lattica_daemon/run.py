@@ -18,7 +18,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from lattica.errors import ConfigError
+from lattica.errors import ConfigError, LatticaError
 from lattica.local.memfd import SegmentPool
 from lattica.local.server import open_local_server
 from lattica.node import Node, NodeConfig, open_node
@@ -36,7 +36,24 @@ def run_daemon(home: Home, settings: Settings, reload: Callable[[], Settings], *
     """Run until SIGTERM, SIGINT or a local client's request. `reload` reads the settings again at SIGHUP."""
     logs.configure(settings.log.level, settings.log.format)
     raise_file_limit()
-    trio.run(_run, home, settings, reload, ready_as_json)
+    try:
+        trio.run(_run, home, settings, reload, ready_as_json)
+    except BaseExceptionGroup as group:
+        # Nurseries wrap what ends them. An error that a user can do something about is one line, so it is unwrapped.
+        error = sole_error(group)
+        if isinstance(error, LatticaError | OSError):
+            raise error from None
+        raise
+
+
+def sole_error(group: BaseExceptionGroup[BaseException]) -> BaseException | None:
+    """The one error at the bottom of nested groups, None when there are several."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        if len(error.exceptions) != 1:
+            return None
+        error = error.exceptions[0]
+    return error
 
 
 async def _run(home: Home, settings: Settings, reload: Callable[[], Settings], ready_as_json: bool) -> None:
@@ -110,7 +127,7 @@ async def _watch_signals(signals: AsyncIterator[int], daemon: Daemon, reload: Ca
                 for peer in daemon.node.host.peers():
                     if daemon.rules.refusal(peer) is not None:
                         await daemon.node.host.disconnect(peer)
-                log.info("reloaded level=%s", level)
+                log.info("reloaded log_level=%s", level)
             notify(READY="1")
         elif daemon.stopping.is_set():
             log.warning("killed_by_second_signal signal=%s", signal.Signals(number).name)
