@@ -62,7 +62,7 @@ TURN_READS: Final = 16
 FREE_SEND_BUFFERS: Final = 4
 """Send buffers kept for the next connection that has something to send."""
 FIRST_PINGS: Final = 4
-"""Pings right after the handshake. The shortest one counts for the windows; the first meets processes busy with setup."""
+"""Pings right after the handshake. The shortest counts for the windows; the first meets processes busy with setup."""
 GOODBYE_TIMEOUT: Final = 1.0
 """Seconds that `aclose` gives the peer to take what was still queued."""
 LINGER_TIMEOUT: Final = 60.0

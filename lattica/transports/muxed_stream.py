@@ -257,7 +257,7 @@ class MuxedStream(Stream):
             self._abort(StreamReset(f"over {YAMUX_MAX_BUFFERED} bytes of this connection wait to be read"))
 
     def _uncount_buffer(self) -> None:
-        """What is buffered is ours from now on: nobody gets window for it, and if nobody reads it, it goes away with us."""
+        """What is buffered is ours from now on: nobody gets window for it, and it goes away with this object."""
         self._connection.unread_bytes -= len(self._buffer) - self._pushed_back
         self._pushed_back = len(self._buffer)
 

@@ -84,7 +84,7 @@ class NoisePayload(Message):
 
     identity_key: bytes | None = optional(1, Kind.BYTES, max_bytes=MAX_PUBLIC_KEY_BYTES)
     identity_sig: bytes | None = optional(2, Kind.BYTES, max_bytes=MAX_SIGNATURE_BYTES)
-    extensions: NoiseExtensions | None = optional(4, NoiseExtensions)  # noqa: RUF009
+    extensions: NoiseExtensions | None = optional(4, NoiseExtensions)
 
 
 @dataclass(frozen=True, slots=True)
