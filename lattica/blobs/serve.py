@@ -164,22 +164,26 @@ class _ServedStream:
 
     async def _send_turn(self) -> None:
         buffers = [memoryview(bytearray(CHUNK_BYTES)) for _ in range(2)]
-        turn = 0
+        sent = 0
         while (key := self._machine.next_chunk()) is not None:
             number, index = key
             blob = self._blobs.get(number)
             if blob is None:
                 continue
-            if await self._send_chunk(blob, number, index, buffers[turn % 2]):
-                turn += 1
+            size = min(CHUNK_BYTES, blob.size - index * CHUNK_BYTES)
+            shared = size >= _OWN_BUFFER_BYTES
+            if await self._send_chunk(
+                blob, number, index, buffers[0][:size] if shared else memoryview(bytearray(size))
+            ):
+                sent += 1
+                if shared:
+                    buffers.reverse()  # the end of this one may not have been encrypted yet
             if frames := self._machine.poll_transmit():
                 self._stream.write(*frames)
-            if turn >= CHUNKS_PER_TURN and self._server.slots.value == 0:
+            if sent >= CHUNKS_PER_TURN and self._server.slots.value == 0:
                 return
 
-    async def _send_chunk(self, blob: Blob, number: int, index: int, buffer: memoryview) -> bool:
-        size = min(CHUNK_BYTES, blob.size - index * CHUNK_BYTES)
-        view = buffer[:size] if size >= _OWN_BUFFER_BYTES else memoryview(bytearray(size))
+    async def _send_chunk(self, blob: Blob, number: int, index: int, view: memoryview) -> bool:
         if index not in blob.have:
             self._machine.tell_gone(number, index)
             return False
@@ -191,8 +195,8 @@ class _ServedStream:
                 log.warning("chunk_dropped cid=%s chunk=%d error=%s", blob.cid, index, error)
                 self._machine.tell_gone(number, index)
                 return False
-        self._stream.write(encode_header(Kind.CHUNK, number, index, size), view)
-        self._server.sent_bytes += size
+        self._stream.write(encode_header(Kind.CHUNK, number, index, len(view)), view)
+        self._server.sent_bytes += len(view)
         await self._drain()
         return True
 

@@ -23,7 +23,7 @@ The machine sees indices and times, never bytes. Sources are any hashable keys.
 from __future__ import annotations
 
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -137,6 +137,8 @@ class Fetch(Generic[K]):
         self._left = chunk_count - self._state.count(_DONE)
         self._sources: dict[K, _Source] = {}
         self._askers: dict[int, list[K]] = {}
+        self._in_hand: Counter[int] = Counter()
+        """Chunks that came and are being verified, and in how many copies."""
         self._liars: set[K] = set()
         self._partial_holders = bytearray(chunk_count)
         self._partial_sources = 0
@@ -213,10 +215,14 @@ class Fetch(Generic[K]):
             self._fill(now)
 
     def receive_chunk(self, source: K, index: int, size: int, now: float) -> bool:
-        """A chunk came, not verified yet. Whether it is still needed."""
+        """A chunk came, not verified yet. Whether it is still needed: then one of `chunk_verified`,
+        `chunk_corrupt` and `chunk_lost` follows."""
         entry = self._sources.get(source)
         if entry is None:
-            return self._state[index] != _DONE
+            if self._state[index] == _DONE:
+                return False
+            self._in_hand[index] += 1
+            return True
         asked_at = entry.outstanding.pop(index, None)
         self._forget_asker(index, source)
         entry.progress_at = now
@@ -227,8 +233,8 @@ class Fetch(Generic[K]):
         if self._state[index] == _DONE:
             self._fill(now)
             return False
-        # Assigned to nobody in particular while its hash is computed; `chunk_corrupt` makes it missing again.
         self._state[index] = _ASSIGNED
+        self._in_hand[index] += 1
         self._fill(now)
         return True
 
@@ -265,6 +271,7 @@ class Fetch(Generic[K]):
             return
         self._state[index] = _DONE
         self._left -= 1
+        del self._in_hand[index]
         for source in self._askers.pop(index, []):
             entry = self._sources[source]
             del entry.outstanding[index]
@@ -276,13 +283,13 @@ class Fetch(Generic[K]):
 
     def chunk_corrupt(self, source: K, index: int, now: float) -> None:
         """`source` sent wrong bytes: it is dropped for good, the chunk is fetched from somebody else."""
-        self._release(index)
+        self._put_down(index)
         self._drop(source, f"sent wrong bytes for chunk {index}", now, liar=True)
         self._fill(now)
 
     def chunk_lost(self, index: int, now: float) -> None:
         """A chunk that came could not be kept, by no fault of its source: it is missing again."""
-        self._release(index)
+        self._put_down(index)
         self._fill(now)
 
     # -- time -----------------------------------------------------------------------------------------------
@@ -301,10 +308,10 @@ class Fetch(Generic[K]):
         for source, entry in list(self._sources.items()):
             if not entry.outstanding:
                 continue
-            quiet = now - entry.progress_at
-            if quiet >= DROP_SECONDS:
+            # The same sums as in `next_timeout`: a difference that is rounded would be due for ever.
+            if now >= entry.progress_at + DROP_SECONDS:
                 self._drop(source, f"sent nothing for {DROP_SECONDS:.0f} s", now, liar=False)
-            elif quiet >= self._patience(entry) and not entry.stalled:
+            elif now >= entry.progress_at + self._patience(entry) and not entry.stalled:
                 entry.stalled = True
                 for index in entry.outstanding:
                     if self._live_askers(index) == 0:
@@ -408,7 +415,7 @@ class Fetch(Generic[K]):
             if source == thief or not other.outstanding:
                 continue
             for index in reversed(other.outstanding):
-                if index in entry.have and len(self._askers.get(index, ())) < MAX_COPIES:
+                if index not in self._in_hand and index in entry.have and len(self._askers[index]) < MAX_COPIES:
                     quiet = now - other.progress_at
                     queue_seconds = len(other.outstanding) * CHUNK_BYTES / other.rate if other.rate else quiet
                     seconds = max(queue_seconds, quiet)
@@ -445,11 +452,20 @@ class Fetch(Generic[K]):
                 del self._askers[index]
 
     def _release(self, index: int, *, force: bool = False) -> None:
-        """Make a chunk missing again, unless somebody who is not stalled was asked for it, too."""
-        if self._state[index] == _ASSIGNED and (force or not self._live_askers(index)):
+        """Make a chunk missing again, unless a copy is in hand or somebody who is not stalled was asked for it."""
+        if self._state[index] != _ASSIGNED or index in self._in_hand:
+            return
+        if force or not self._live_askers(index):
             self._state[index] = _MISSING
             for entry in self._sources.values():
                 entry.exhausted = False
+
+    def _put_down(self, index: int) -> None:
+        """A copy that was in hand is of no use."""
+        self._in_hand[index] -= 1
+        if self._in_hand[index] <= 0:
+            del self._in_hand[index]
+        self._release(index)
 
     def _revive(self, entry: _Source) -> None:
         """A stalled source goes on: what nobody else has taken over is its own again."""
@@ -462,8 +478,8 @@ class Fetch(Generic[K]):
         if liar:
             self._liars.add(source)
         if source in self._sources:
-            self.remove_source(source, now)
             self._events.append(SourceDropped(source, reason, liar))
+            self.remove_source(source, now)
 
     def _set_partial(self, entry: _Source, partial: bool) -> None:
         """Count a source's chunks among those of the partial holders, or no longer."""
