@@ -22,12 +22,25 @@ from lattica.errors import (
     RemoteError,
     ResourceExhausted,
     ServiceNotFound,
+    StreamReset,
 )
-from lattica.host import Host
+from lattica.host import Host, open_host
 from lattica.rpc import RpcService
 from lattica.testing import MemoryNetwork, open_memory_host
+from lattica.transports.tcp import TcpTransport
+from lattica_protocols.multiaddr import Multiaddr
 from lattica_protocols.peer_id import PeerId
 from lattica_protocols.rpc.connection import RpcLimits
+from lattica_protocols.rpc.frames import (
+    HELLO,
+    PING,
+    PROTOCOL_ID,
+    REQUEST,
+    Hello,
+    encode_frame,
+    encode_hello,
+    encode_request_head,
+)
 
 Run = Callable[..., Any]
 
@@ -625,6 +638,124 @@ def test_idle_sessions_close_in_order(with_pair: Any) -> None:
         assert await pair.call("echo", 1) == 1
 
     with_pair(test)
+
+
+SESSION = Hello(bytes(16))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"GET / HTTP/1.1\r\n\r\n",
+        bytes(100),
+        encode_frame(PING, 0, 0),
+        encode_frame(HELLO, 0, 0, b"x" * 2000),
+        encode_hello(Hello()),
+        encode_hello(Hello(b"unknown session!", bulk=True)),
+        encode_hello(SESSION) + encode_hello(SESSION),
+        encode_hello(SESSION) + bytes(1000),
+        encode_hello(SESSION) + encode_frame(REQUEST, 0, 2, encode_request_head(b"test.echo", b"\x91\x01", 0)),
+    ],
+)
+def test_garbage_ends_its_stream_and_nothing_else(with_pair: Any, data: bytes) -> None:
+    async def test(pair: Pair) -> None:
+        await pair.call("echo", 1)
+        stream = await pair.a.open_stream(pair.peer, PROTOCOL_ID)
+        await stream.send_all(data)
+        await trio.sleep(20)  # longer than a HELLO may take
+        with pytest.raises(StreamReset):
+            await stream.receive_exactly(1000)
+        assert await pair.call("echo", 1) == 1
+        assert len(pair.rpc_b._sessions) == 1
+
+    with_pair(test)
+
+
+def test_arguments_that_cannot_be_decoded_fail_their_call_only(with_pair: Any) -> None:
+    async def test(pair: Pair) -> None:
+        await pair.call("echo", 1)
+        stream = await pair.a.open_stream(pair.peer, PROTOCOL_ID)
+        request = encode_frame(REQUEST, 0, 1, encode_request_head(b"test.echo", b"\xc1garbage", 0))
+        await stream.send_all(encode_hello(SESSION) + request)
+        data = b""
+        while b"InvalidArgument" not in data:
+            data += await stream.receive_some()
+        await stream.aclose()
+
+    with_pair(test)
+
+
+def test_sessions_of_one_peer_are_bounded(with_pair: Any) -> None:
+    async def test(pair: Pair) -> None:
+        await pair.call("echo", 1)
+        streams = []
+        for n in range(12):
+            stream = await pair.a.open_stream(pair.peer, PROTOCOL_ID)
+            await stream.send_all(encode_hello(Hello(bytes([n]) * 16)))
+            streams.append(stream)
+        await trio.sleep(1)
+        assert len(pair.rpc_b._sessions) == 8
+        for stream in streams:
+            stream.reset()
+        await trio.sleep(1)
+        assert len(pair.rpc_b._sessions) == 1
+
+    with_pair(test)
+
+
+def test_a_peer_that_asks_and_never_reads_loses_its_session(with_pair: Any) -> None:
+    async def test(pair: Pair) -> None:
+        await pair.call("echo", 1)
+        stream = await pair.a.open_stream(pair.peer, PROTOCOL_ID)
+        stream.set_sink(Deaf())
+        stream.pause_sink()
+        await stream.send_all(encode_hello(SESSION))
+        with pytest.raises(StreamReset):  # noqa: PT012 - the answers pile up until one of the writes finds out
+            for _ in range(100):
+                await stream.send_all(encode_frame(PING, 0, 0, bytes(64)) * 10_000)
+                await trio.sleep(0.1)
+        assert await pair.call("echo", 1) == 1
+
+    with_pair(test)
+
+
+class Deaf:
+    def data_received(self, data: memoryview) -> None:
+        pass
+
+    def eof_received(self) -> None:
+        pass
+
+    def stream_closed(self, error: Exception | None) -> None:
+        pass
+
+
+def test_calls_over_tcp(run: Run) -> None:
+    async def main() -> None:
+        listen = [Multiaddr.parse("/ip4/127.0.0.1/tcp/0")]
+
+        def transports(host: Host) -> list[Any]:
+            return [TcpTransport(host.key, host.nursery)]
+
+        async with open_host(_key(1), transports) as a, open_host(_key(2), transports, listen=listen) as b:
+            rpc, rpc_b = RpcService(a), RpcService(b)
+            rpc_b.serve("test", Service())
+            a.peerstore.add_addrs(b.peer_id, b.listen_addrs(), 3600)
+            for size in (0, 10, 70_000, 3_000_000):
+                array = np.arange(size, dtype=np.uint8)
+                results: list[Any] = []
+
+                async def one(array: Any = array, results: list[Any] = results) -> None:
+                    results.append(await rpc.call(b.peer_id, "test.echo", array, timeout=20))
+
+                async with trio.open_nursery() as nursery:
+                    for _ in range(20):
+                        nursery.start_soon(one)
+                assert all(same_array(result, array) for result in results)
+            assert await drain(rpc.stream(b.peer_id, "test.count", 1000)) == list(range(1000))
+
+    run(main)
 
 
 def test_unserve(with_pair_and_threads: Any) -> None:

@@ -469,8 +469,10 @@ def test_frames_that_break_a_rule(kind: int, flags: int, call_id: int, head: byt
 def test_unknown_frames_marked_ignorable_are_skipped() -> None:
     a, b = pair()
     raw(b, 77, frames.IGNORABLE, 9, b"future", b"tail" * 100)
-    raw(b, 78, frames.IGNORABLE, 9, b"future", bytes(100_000))
+    raw(b, 78, frames.IGNORABLE, 9, b"future", bytes(65_535))
     request(a, b)
+    with pytest.raises(RemoteProtocolError, match="tail"):
+        b.machine.receive_data(frames.encode_frame(78, frames.IGNORABLE, 9, b"", 65_536), 0.0)
 
 
 def test_a_head_longer_than_its_body() -> None:

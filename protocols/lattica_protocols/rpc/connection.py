@@ -681,6 +681,10 @@ class RpcConnection:
     # -- bytes -------------------------------------------------------------------------------------
     def _open_inline_tail(self, kind: int, call_id: int, length: int) -> Buffer | None:
         """Where a long tail on the control stream goes: nowhere when it will be refused anyway."""
+        if not REQUEST <= kind <= ITEM:
+            if length > RPC_MAX_HEAD:
+                raise RemoteProtocolError(f"frame of kind {kind} has a tail of {length} bytes")
+            return None
         if length > self.limits.tail or self._held + length > self.limits.held:
             return None
         call = self._calls.get(call_id)
