@@ -1,0 +1,219 @@
+"""Content against a real file system, real sockets and kill -9."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from lattica.blobs import BlobStore
+from lattica.blobs.part import PartFile, part_path
+from lattica.errors import StorageError, StorageFull
+from lattica.node import NodeConfig, open_node
+from lattica_protocols.blobs.manifest import BlobManifest, make_blob
+from lattica_protocols.cid import Cid
+from lattica_protocols.limits import CHUNK_BYTES
+from lattica_protocols.multihash import BLAKE3, Multihash
+
+CHILD = """
+import sys, trio
+from pathlib import Path
+from lattica.node import NodeConfig, open_node
+from lattica_protocols.multiaddr import Multiaddr
+
+async def main(home, addr, cid, dest):
+    config = NodeConfig(home=Path(home), listen=[], transports=["tcp"])
+    async with open_node(config) as node:
+        target = Multiaddr.parse(addr)
+        await node.host.connect(target.peer_id(), [target])
+        def progress(now):
+            print("progress", now.done_bytes, flush=True)
+        result = await node.blobs.fetch(cid, Path(dest), progress)
+        print("result", result.fetched_bytes, result.reused_bytes, flush=True)
+
+trio.run(main, *sys.argv[1:])
+"""
+
+
+def manifest_of(content: bytes) -> tuple[BlobManifest, Cid]:
+    hashes = b"".join(
+        Multihash.of(BLAKE3, content[i : i + CHUNK_BYTES]).digest for i in range(0, len(content), CHUNK_BYTES)
+    )
+    return BlobManifest(len(content), hashes), make_blob(len(content), hashes)[1]
+
+
+def test_kill_9_in_the_middle_of_a_fetch(run: Callable[..., Any], tmp_path: Path) -> None:
+    before_kill, total = 24, 64
+    source = tmp_path / "source.bin"
+    source.write_bytes(random.Random(1).randbytes(total * CHUNK_BYTES))
+    dest = tmp_path / "copy.bin"
+
+    async def main() -> None:
+        config = NodeConfig(home=tmp_path / "a", listen=["/ip4/127.0.0.1/tcp/0"], transports=["tcp"])
+        async with open_node(config) as node:
+            cid = (await node.blobs.share(source)).cid
+            reader = node.blobs.reader
+            allowed = [before_kill]
+            real = reader.read_nowait
+
+            def limited(blob: Any, index: int, buffer: memoryview) -> bool:
+                allowed[0] -= 1
+                return allowed[0] >= 0 and real(blob, index, buffer)
+
+            hold = trio.Event()
+
+            def blocked(*args: Any, **options: Any) -> None:
+                """What `read_nowait` refuses is read in a thread: this one waits until the child is dead."""
+                trio.from_thread.run(hold.wait)
+
+            reader.read_nowait = limited  # type: ignore[method-assign]
+            real_read, reader.read = reader.read, blocked  # type: ignore[method-assign]
+            addr = str(node.host.listen_addrs()[0].with_peer(node.peer_id))
+            args = [sys.executable, "-c", CHILD, str(tmp_path / "b"), addr, str(cid), str(dest)]
+            child = await trio.lowlevel.open_process(args, stdout=subprocess.PIPE)
+            await _until(child, f"progress {before_kill * CHUNK_BYTES}")
+            child.send_signal(signal.SIGKILL)
+            await child.wait()
+            assert not dest.exists()
+            assert part_path(dest, cid).exists()
+            hold.set()
+            allowed[0] = 1 << 30
+            reader.read = real_read  # type: ignore[method-assign]
+            sent = node.blobs.server.sent_bytes
+            child = await trio.lowlevel.open_process(args, stdout=subprocess.PIPE)
+            missing = (total - before_kill) * CHUNK_BYTES
+            await _until(child, f"result {missing} {before_kill * CHUNK_BYTES}")
+            await child.wait()
+            assert node.blobs.server.sent_bytes - sent == missing
+
+    run(main, seconds=60)
+    assert dest.read_bytes() == source.read_bytes()
+
+
+async def _until(child: trio.Process, line: str) -> None:
+    assert child.stdout is not None
+    seen = b""
+    async for data in child.stdout:
+        seen += data
+        if line.encode() + b"\n" in seen:
+            return
+    raise AssertionError(f"{line!r} did not come: {seen[-500:]!r}")
+
+
+def test_parts_are_hashed_again_and_holes_are_skipped(tmp_path: Path) -> None:
+    content = random.Random(2).randbytes(6 * CHUNK_BYTES + 100)
+    manifest, cid = manifest_of(content)
+    path = part_path(tmp_path / "x", cid)
+    part = PartFile(path, manifest)
+    for index in (0, 2, 6):
+        piece = content[index * CHUNK_BYTES : (index + 1) * CHUNK_BYTES]
+        assert part.verify_and_write(index, memoryview(piece))
+    assert not part.verify_and_write(3, memoryview(bytes(CHUNK_BYTES)))
+    part.close()
+    with path.open("r+b") as file:
+        file.seek(2 * CHUNK_BYTES)
+        file.write(b"rot")
+    again = PartFile(path, manifest)
+    assert again.adopt() == CHUNK_BYTES + 100
+    assert list(again.have) == [0, 6]
+    again.close()
+
+
+def test_a_part_that_is_too_long_or_too_short(tmp_path: Path) -> None:
+    content = random.Random(3).randbytes(2 * CHUNK_BYTES)
+    manifest, cid = manifest_of(content)
+    for length in (3 * CHUNK_BYTES, CHUNK_BYTES, 10):
+        path = part_path(tmp_path / "x", cid)
+        path.write_bytes((content + bytes(CHUNK_BYTES))[:length])
+        part = PartFile(path, manifest)
+        assert part.adopt() == min(length, 2 * CHUNK_BYTES) // CHUNK_BYTES * CHUNK_BYTES
+        for index in list(part.have.missing()):
+            part.write(index, memoryview(content[index * CHUNK_BYTES : (index + 1) * CHUNK_BYTES]))
+        part.publish(tmp_path / "x")
+        part.close()
+        assert (tmp_path / "x").read_bytes() == content
+
+
+def test_a_part_is_not_opened_through_a_link(tmp_path: Path) -> None:
+    manifest, cid = manifest_of(b"x" * 100)
+    (tmp_path / "victim").write_bytes(b"precious")
+    path = part_path(tmp_path / "x", cid)
+    path.symlink_to(tmp_path / "victim")
+    with pytest.raises(StorageError):
+        PartFile(path, manifest)
+    assert (tmp_path / "victim").read_bytes() == b"precious"
+
+
+def test_names_that_are_nearly_too_long(tmp_path: Path) -> None:
+    manifest, cid = manifest_of(b"x" * 100)
+    part = PartFile(part_path(tmp_path / ("n" * 255), cid), manifest)
+    part.publish(tmp_path / ("n" * 255))
+    part.close()
+
+
+def test_a_file_over_the_process_limit(tmp_path: Path) -> None:
+    manifest, cid = manifest_of(bytes(2 * CHUNK_BYTES))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (CHUNK_BYTES, hard))
+    try:
+        with pytest.raises(StorageFull, match="process limit"):
+            PartFile(part_path(tmp_path / "x", cid), manifest)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+READ_ONLY = """
+import os, sys
+from pathlib import Path
+from lattica.blobs import BlobStore
+from lattica.errors import StorageError
+if os.geteuid() == 0:  # root may write everywhere
+    os.setgroups([]); os.setgid(65534); os.setuid(65534)
+try:
+    BlobStore(Path(sys.argv[1]))
+except StorageError as error:
+    print(error)
+"""
+
+
+def test_a_store_in_a_read_only_directory() -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o555)
+        home = f"{directory}/blobs"
+        out = subprocess.run([sys.executable, "-c", READ_ONLY, home], capture_output=True, text=True, check=False)
+        assert out.stdout.strip() == f"no permission for {home}", out.stderr
+
+
+def test_a_store_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
+    import sqlite3
+
+    BlobStore(tmp_path).close()
+    database = sqlite3.connect(tmp_path / "catalog.sqlite")
+    database.execute("PRAGMA user_version=99")
+    database.close()
+    with pytest.raises(StorageError, match="newer version"):
+        BlobStore(tmp_path)
+
+
+def test_a_catalog_that_is_no_database(tmp_path: Path) -> None:
+    (tmp_path / "catalog.sqlite").write_bytes(b"garbage" * 1000)
+    with pytest.raises(StorageError, match="not a database"):
+        BlobStore(tmp_path)
+
+
+def test_a_temporary_store_leaves_nothing_behind() -> None:
+    with BlobStore.open(None) as store:
+        directory = store.directory
+        assert directory.is_dir()
+    assert not directory.exists()
