@@ -8,6 +8,7 @@ of one peer is called with a tensor through the other. Everything is stopped and
 from __future__ import annotations
 
 import hashlib
+import os
 import secrets
 import shutil
 import signal
@@ -32,6 +33,8 @@ LISTEN = ("--listen", "/ip4/127.0.0.1/tcp/0", "--listen", "/ip4/127.0.0.1/udp/0/
 CALLS_IN_FLIGHT = 64
 CALL_SECONDS = 2.0
 CONNECT_TIMEOUT = 20.0
+LONGEST_FOLDER = 60
+"""Bytes: 103 less `/lattica-xxxxxxxx/bootstrap/lattica.sock`."""
 
 
 def register(app: typer.Typer) -> None:
@@ -48,7 +51,7 @@ def demo(
     if file and not Path(file).is_file():
         raise typer.BadParameter(f"there is no file {file}.")
     signal.signal(signal.SIGTERM, _interrupt)
-    folder = Path(tempfile.mkdtemp(prefix="lattica-demo-"))
+    folder = Path(tempfile.mkdtemp(prefix="lattica-", dir=_folder_for_sockets()))
     report = Report(tell=(lambda text: None) if state.json else say)
     result = report.result
     try:
@@ -63,6 +66,12 @@ def demo(
         return
     state.emit(result, lambda: typer.echo(f"lattica: the demo failed: {result.get('error')}", err=True))
     raise typer.Exit(1)
+
+
+def _folder_for_sockets() -> str:
+    """The usual temporary directory, or /tmp where that one is too deep: a Unix socket's path has about 100 bytes."""
+    usual = tempfile.gettempdir()
+    return usual if len(os.fsencode(usual)) <= LONGEST_FOLDER else "/tmp"
 
 
 @dataclass
