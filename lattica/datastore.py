@@ -93,6 +93,7 @@ class Datastore:
     def __init__(self, connection: sqlite3.Connection, path: Path | None) -> None:
         self._connection = connection
         self._notes: dict[tuple[str, *tuple[Any, ...]], Statement] = {}
+        self._noted = trio.Event()
         self._writing = trio.Lock()
         self.path = path
         self.moved_aside: Path | None = None
@@ -151,6 +152,7 @@ class Datastore:
                 await self._off_loop(lambda: self._write(notes))
             except sqlite3.Error as error:
                 self._notes = notes | self._notes
+                self._noted.set()
                 raise StorageFull(f"cannot write {self.path}: {error}") from None
 
     async def read(self, load: Callable[[], T]) -> T:
@@ -164,13 +166,22 @@ class Datastore:
             return work()
         return await trio.to_thread.run_sync(work)
 
+    async def wait_noted(self) -> None:
+        """Returns when there is something to write."""
+        await self._noted.wait()
+
     def pending(self) -> int:
         """Rows that are noted and not yet written."""
         return len(self._notes)
 
     def _take_notes(self) -> dict[tuple[str, *tuple[Any, ...]], Statement]:
         notes, self._notes = self._notes, {}
+        self._noted = trio.Event()
         return notes
+
+    def _note(self, row: tuple[str, *tuple[Any, ...]], sql: str, values: tuple[Any, ...]) -> None:
+        self._notes[row] = sql, values
+        self._noted.set()
 
     def _write(self, notes: dict[tuple[str, *tuple[Any, ...]], Statement]) -> None:
         with self._connection:  # commits, or rolls back
@@ -179,11 +190,11 @@ class Datastore:
 
     def _save(self, table: str, key: tuple[Any, ...], *values: Any) -> None:
         marks = ", ".join("?" * (len(key) + len(values)))
-        self._notes[table, *key] = f"INSERT OR REPLACE INTO {table} VALUES ({marks})", (*key, *values)
+        self._note((table, *key), f"INSERT OR REPLACE INTO {table} VALUES ({marks})", (*key, *values))
 
     def _drop(self, table: str, columns: str, *key: Any) -> None:
         condition = " AND ".join(f"{column} = ?" for column in columns.split())
-        self._notes[table, *key] = f"DELETE FROM {table} WHERE {condition}", key
+        self._note((table, *key), f"DELETE FROM {table} WHERE {condition}", key)
 
     def _load(self, table: str, make: Callable[..., Any]) -> list[Any]:
         """All rows, through `make`. A row that does not parse is skipped: somebody edited the file."""
@@ -257,7 +268,7 @@ class Datastore:
         """Replace the snapshot."""
         for note in [note for note in self._notes if note[0] == "contacts"]:
             del self._notes[note]
-        self._notes["contacts",] = "DELETE FROM contacts", ()
+        self._note(("contacts",), "DELETE FROM contacts", ())
         for contact in contacts:
             self._save("contacts", (contact.peer.to_bytes(),), _pack_addrs(contact.addrs), contact.seen)
 

@@ -11,7 +11,7 @@ import trio
 from lattica.errors import PeerMisbehaved
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.kad.admission import Admission
-from lattica_protocols.kad.messages import decode_message_untrusted, encode_answer
+from lattica_protocols.kad.messages import MessageType, decode_message_untrusted, encode_answer
 from lattica_protocols.limits import KAD_MAX_MESSAGE_BYTES
 
 if TYPE_CHECKING:
@@ -28,10 +28,11 @@ SEND_TIMEOUT = 10.0
 
 
 class Inbound:
-    """The stream handler. `clock` gives Unix seconds."""
+    """The stream handler. `clock` gives Unix seconds; `on_stored` is called when a request may have changed a store."""
 
-    def __init__(self, server: KadServer, clock: Callable[[], float]) -> None:
+    def __init__(self, server: KadServer, clock: Callable[[], float], on_stored: Callable[[], None]) -> None:
         self._server = server
+        self._on_stored = on_stored
         self._clock = clock
         self._admission = Admission()
         self.requests = 0
@@ -69,6 +70,8 @@ class Inbound:
         except RemoteProtocolError:
             self.refused += 1
             raise
+        if request.type in (MessageType.ADD_PROVIDER, MessageType.PUT_VALUE):
+            self._on_stored()
         if answer is not None:
             with trio.fail_after(SEND_TIMEOUT):
                 await stream.send_frame(encode_answer(answer))

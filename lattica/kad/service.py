@@ -24,7 +24,7 @@ import trio
 
 from lattica.datastore import PublishedValue
 from lattica.errors import InvalidRecord, LatticaError, NotFound
-from lattica.host import AddressesChanged, PeerConnected, PeerDisconnected, PeerIdentified
+from lattica.host import PeerConnected, PeerDisconnected, PeerIdentified, SelfChanged
 from lattica.kad.inbound import Inbound
 from lattica.kad.requests import Requests
 from lattica.kad.search import ProviderSearch, drive
@@ -110,8 +110,8 @@ class KadService:
         """Set when the stored state has been read."""
         self._host = host
         self._requests = Requests(host, protocol, self.table)
-        self._inbound = Inbound(self.server, clock)
         self._upkeep = Upkeep(self, host)
+        self._inbound = Inbound(self.server, clock, self._upkeep.note_changes)
         self._announcements = trio.CapacityLimiter(PARALLEL_ANNOUNCEMENTS)
         self._bootstrapping = trio.Lock()
         self._counters = {"lookups": 0, "lookup_requests": 0}
@@ -215,6 +215,7 @@ class KadService:
             raise InvalidRecord(str(error)) from None
         if kept != value:
             raise InvalidRecord("a newer value is stored under this key")
+        self._upkeep.note_changes()
         closest, book = await self._closest(key)
         return await self._put_to(key, value, closest, book)
 
@@ -316,7 +317,7 @@ class KadService:
     def _on_event(self, event: HostEvent) -> None:
         if isinstance(event, PeerIdentified):
             self._consider(event.peer)
-        if isinstance(event, PeerConnected | PeerDisconnected | AddressesChanged):
+        if isinstance(event, PeerConnected | PeerDisconnected | SelfChanged):
             self._update_mode()
 
     def _consider(self, peer: PeerId) -> None:

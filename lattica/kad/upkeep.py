@@ -2,8 +2,8 @@
 
     every 10 min (+-20 %)   look up ourselves and each bucket nobody asked about
     every minute            announce what we provide and store what we publish, as far as 22 h have passed or it never
-                            worked; at once when the table gets its first peer
-    every 10 s              drop what expired, and write what changed into the datastore
+                            worked (at once when the table gets its first peer); drop what expired
+    10 s after a change     write what changed into the datastore
     every 5 min             a snapshot of the routing table
     at the start            read all of it back, and connect with peers of the last snapshot
 
@@ -83,7 +83,7 @@ class Upkeep:
                 nursery.start_soon(self._write_behind)
                 nursery.start_soon(self._renew)
         finally:
-            self._note_changes()
+            self.note_changes()
             self._note_contacts()
 
     async def _reconnect(self) -> None:
@@ -138,11 +138,8 @@ class Upkeep:
     # -- records ------------------------------------------------------------------------------------------
     async def _write_behind(self) -> None:
         while True:
+            await self._service.datastore.wait_noted()
             await trio.sleep(WRITE_INTERVAL)
-            unix_now = self._service.clock()
-            self._service.server.providers.expire(unix_now)
-            self._service.server.values.expire(unix_now)
-            self._note_changes()
             await self._flush()
 
     async def _renew(self) -> None:
@@ -150,6 +147,10 @@ class Upkeep:
             with trio.move_on_after(TICK):
                 await self.first_peer.wait()
             self.first_peer = trio.Event()
+            unix_now = self._service.clock()
+            self._service.server.providers.expire(unix_now)
+            self._service.server.values.expire(unix_now)
+            self.note_changes()
             if len(self._service.table):
                 await self._announce_due()
                 await self._store_due()
@@ -175,7 +176,8 @@ class Upkeep:
                     await self._service.unpublish(value.name)
                 await trio.sleep(PACE)
 
-    def _note_changes(self) -> None:
+    def note_changes(self) -> None:
+        """Note down for the datastore what changed in the stores."""
         store = self._service.datastore
         for provider_change in self._service.server.providers.poll_changes():
             match provider_change:

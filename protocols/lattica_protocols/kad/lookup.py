@@ -156,11 +156,9 @@ class Lookup:
         self.handle_timer(now)
         if self._stopped or self.requests >= self._max_requests:
             return None
-        in_flight = [0] * self._paths
-        for asked in self._asked.values():
-            in_flight[asked.path] += 1
+        share = max(1, self._alpha // self._paths)
         for path in range(self._paths):
-            if in_flight[path] >= max(1, self._alpha // self._paths):
+            if sum(asked.path == path for asked in self._asked.values()) >= share:
                 continue
             for candidate in self._front(path):
                 if candidate.state is _State.HEARD:
@@ -174,9 +172,9 @@ class Lookup:
     def on_success(self, peer: PeerId, closer: Sequence[PeerId], now: float) -> None:
         """`peer` answered and named `closer`. `LocalProtocolError`: it was never asked."""
         candidate = self._finish(peer, _State.ANSWERED)
-        self._heap.push(
-            [Candidate(p, candidate.path) for p in closer[:KAD_MAX_CLOSER_PEERS] if p != self._own and p != peer]
-        )
+        for named in closer[:KAD_MAX_CLOSER_PEERS]:
+            if named != self._own and self._heap.get(named) is None:
+                self._heap.push(Candidate(named, candidate.path))
         self.handle_timer(now)
 
     def on_failure(self, peer: PeerId, now: float) -> None:
@@ -229,8 +227,14 @@ class Lookup:
 
     def _front(self, path: int) -> list[Candidate]:
         """The k closest peers of a path that did not fail and are not slow."""
-        usable = (c for c in self._heap if c.path == path and c.state not in _NOT_WAITED_FOR)
-        return [c for c, _ in zip(usable, range(max(1, self._k // self._paths)), strict=False)]
+        share = max(1, self._k // self._paths)
+        front: list[Candidate] = []
+        for _, candidate in self._heap.heap:
+            if candidate.path == path and candidate.state not in _NOT_WAITED_FOR:
+                front.append(candidate)
+                if len(front) == share:
+                    break
+        return front
 
     def _finish(self, peer: PeerId, state: _State) -> Candidate:
         candidate = self._heap.get(peer)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 from lattica_protocols.errors import RemoteProtocolError
@@ -116,39 +117,43 @@ def peers_untrusted(entries: Iterable[PeerEntry], limit: int) -> list[PeerAddrs]
     for entry in entries:
         if len(out) >= limit:
             break
-        try:
-            peer = PeerId.from_bytes_untrusted(entry.id or b"")
-        except RemoteProtocolError:
-            continue
-        if peer not in out:
+        peer = _peer_untrusted(entry.id or b"")
+        if peer is not None and peer not in out:
             out[peer] = PeerAddrs(peer, _addrs_untrusted(peer, entry.addrs))
     return list(out.values())
+
+
+@lru_cache(maxsize=8192)
+def _peer_untrusted(data: bytes) -> PeerId | None:
+    """Cached, as the next: the answers of a lookup name the same peers again and again."""
+    try:
+        return PeerId.from_bytes_untrusted(data)
+    except RemoteProtocolError:
+        return None
+
+
+@lru_cache(maxsize=8192)
+def _addr_untrusted(data: bytes) -> tuple[Multiaddr, PeerId | None] | None:
+    """An address without its last `/p2p/PEER`, and that peer. `None`: it cannot be used."""
+    if len(data) > KAD_MAX_ADDR_BYTES:
+        return None
+    try:
+        addr = Multiaddr.from_bytes_untrusted(data)
+    except RemoteProtocolError:
+        return None
+    bare = addr.without_peer()
+    return None if not bare.names() or bare.is_unspecified else (bare, addr.peer_id())
 
 
 def _addrs_untrusted(peer: PeerId, raw: Iterable[bytes]) -> tuple[Multiaddr, ...]:
     out: dict[Multiaddr, None] = {}
     for data in raw:
-        if len(data) > KAD_MAX_ADDR_BYTES:
-            continue
-        try:
-            addr = Multiaddr.from_bytes_untrusted(data)
-        except RemoteProtocolError:
-            continue
-        bare = _without_target(addr, peer)
-        if bare is None or not bare.names() or bare.is_unspecified:
-            continue
-        out[bare] = None
-        if len(out) == KAD_MAX_ADDRS_PER_PEER:
-            break
+        parsed = _addr_untrusted(data)
+        if parsed is not None and parsed[1] in (None, peer):
+            out[parsed[0]] = None
+            if len(out) == KAD_MAX_ADDRS_PER_PEER:
+                break
     return tuple(out)
-
-
-def _without_target(addr: Multiaddr, peer: PeerId) -> Multiaddr | None:
-    """`addr` without a last `/p2p/PEER`; `None` when it leads to another peer."""
-    target = addr.peer_id()
-    if target is None:
-        return addr
-    return addr.without_peer() if target == peer else None
 
 
 def peer_entry(peer: PeerAddrs, reach: Reach = Reach.CAN_CONNECT) -> PeerEntry:

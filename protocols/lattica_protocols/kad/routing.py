@@ -40,8 +40,9 @@ K = 20
 REFRESH_INTERVAL = 600.0
 """Seconds after which a bucket nobody asked about is looked up (go-libp2p-kad-dht)."""
 
-FRESH = 60.0
-"""Seconds for which a peer that was heard is not pinged: each newcomer to a full bucket would cost a ping."""
+FRESH = 300.0
+"""Seconds for which a peer that was heard is not pinged. Each newcomer to a full bucket would cost a ping, and the ping
+makes us a newcomer to that peer: without a pause a network in which nothing happens pings itself for ever."""
 
 FAILURES_ALLOWED = 2
 """Failed requests in a row before a peer leaves the table. One may be a lost packet or a moment of overload."""

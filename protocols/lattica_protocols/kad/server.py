@@ -7,7 +7,9 @@ accept it. Answers never exceed `KAD_MAX_MESSAGE_BYTES`.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.kad.messages import (
@@ -149,12 +151,26 @@ def addresses_for(addrs: Iterable[Multiaddr], remote: Multiaddr | None) -> tuple
     A loopback address is of use on this machine only, a private one in the local network; to anybody else they are
     somebody else's machines. Global addresses come first.
     """
-    local = remote is None or remote.is_loopback or remote.has("memory")
-    near = local or (remote is not None and remote.is_private)
-    usable = [
-        addr
-        for addr in addrs
-        if not addr.is_unspecified and (local or not addr.is_loopback) and (near or not addr.is_private)
-    ]
-    usable.sort(key=lambda addr: not addr.is_global)
-    return tuple(dict.fromkeys(usable))[:KAD_MAX_ADDRS_PER_PEER]
+    reach = _Scope.MACHINE if remote is None else _scope(remote)
+    usable = [(scope, addr) for addr in addrs if (scope := _scope(addr)) >= reach]
+    usable.sort(key=lambda entry: -entry[0])
+    return tuple(dict.fromkeys(addr for _, addr in usable))[:KAD_MAX_ADDRS_PER_PEER]
+
+
+class _Scope(enum.IntEnum):
+    """How far away an address means the same."""
+
+    NONE = 0
+    MACHINE = 1
+    NETWORK = 2
+    INTERNET = 3
+
+
+@lru_cache(maxsize=8192)
+def _scope(addr: Multiaddr) -> _Scope:
+    """Cached: every answer asks for the scope of some 50 addresses, mostly the same."""
+    if addr.is_unspecified:
+        return _Scope.NONE
+    if addr.is_loopback or addr.has("memory") or addr.has("unix"):
+        return _Scope.MACHINE
+    return _Scope.NETWORK if addr.is_private else _Scope.INTERNET

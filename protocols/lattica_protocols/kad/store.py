@@ -80,11 +80,12 @@ class ProviderStore:
 
     def __init__(self) -> None:
         self._keys: dict[bytes, OrderedDict[PeerId, ProviderRecord]] = {}  # least recently renewed provider first
+        self._by_age: OrderedDict[tuple[bytes, PeerId], ProviderRecord] = OrderedDict()  # all, likewise
         self._per_peer: Counter[PeerId] = Counter()
         self._changes: dict[tuple[bytes, PeerId], ProviderRecord | ProviderDropped] = {}
 
     def __len__(self) -> int:
-        return self._per_peer.total()
+        return len(self._by_age)
 
     def add(self, key: bytes, provider: PeerId, addrs: Iterable[Multiaddr], unix_now: float) -> bool:
         """Add or renew; false when the peer's or the whole store's share is used up."""
@@ -121,15 +122,14 @@ class ProviderStore:
 
     def expire(self, unix_now: float) -> int:
         """Drop what nobody renewed; how many that were."""
-        old = [
-            record
-            for providers in self._keys.values()
-            for record in providers.values()
-            if record.received + PROVIDER_LIFETIME <= unix_now
-        ]
-        for record in old:
-            self._drop(record)
-        return len(old)
+        dropped = 0
+        while self._by_age:
+            oldest = next(iter(self._by_age.values()))
+            if oldest.received + PROVIDER_LIFETIME > unix_now:
+                break
+            self._drop(oldest)
+            dropped += 1
+        return dropped
 
     def load(self, records: Iterable[ProviderRecord], unix_now: float) -> None:
         """Put stored records back. Those over today's limits, or from the future, are left out."""
@@ -149,11 +149,13 @@ class ProviderStore:
         if providers.pop(record.provider, None) is None:
             self._per_peer[record.provider] += 1
         providers[record.provider] = record
+        self._by_age.pop((record.key, record.provider), None)
+        self._by_age[record.key, record.provider] = record
         self._changes[record.key, record.provider] = record
 
     def _drop(self, record: ProviderRecord) -> None:
         providers = self._keys[record.key]
-        del providers[record.provider]
+        del providers[record.provider], self._by_age[record.key, record.provider]
         if not providers:
             del self._keys[record.key]
         self._per_peer[record.provider] -= 1
