@@ -14,7 +14,7 @@ import trio
 
 from lattica._version import __version__
 from lattica.errors import LatticaError
-from lattica.host import SelfChanged, PeerConnected
+from lattica.host import PeerConnected, SelfChanged
 from lattica.peerstore import CONNECTED_TTL, PeerInfo
 from lattica_protocols.errors import ProtocolError, RemoteProtocolError
 from lattica_protocols.identify import Identify

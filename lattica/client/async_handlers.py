@@ -161,7 +161,7 @@ class InboundCall:
         try:
             head, tails = encode_value(self._method.function(*self._args, **self._kwargs))
             self._respond(head, tails)
-        except Exception as error:  # whatever the handler raises is the caller's answer, and its alone
+        except (Exception, SystemExit) as error:  # whatever the handler raises is the caller's answer, and its alone
             self._fail(handler_error(error, self._method, self._args, self._kwargs))
         finally:
             _caller.reset(token)
@@ -190,7 +190,7 @@ class InboundCall:
             if self.link.congested():
                 await self.link.writable()
             self._respond(head, tails)
-        except Exception as error:  # whatever the handler raises is the caller's answer, and its alone
+        except (Exception, SystemExit) as error:  # whatever the handler raises is the caller's answer, and its alone
             self._fail(handler_error(error, method, self._args, self._kwargs))
         except BaseException:
             self._fail((CANCELLED, "Cancelled", f"{call.method} was cancelled by its worker"))

@@ -56,7 +56,7 @@ def _run(
         value, tails = encode_value(result)
         del result
         _respond(link, call, value, tails, threads)
-    except Exception as error:  # whatever the handler raises is the caller's answer, and its alone
+    except (Exception, SystemExit) as error:  # whatever the handler raises is the caller's answer, and its alone
         _fail(link, call, handler_error(error, method, args, kwargs))
     finally:
         _caller.reset(token)

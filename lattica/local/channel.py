@@ -66,7 +66,7 @@ class LocalChannel(Channel):
         self.closed = False
         self._clock = clock
         self._pool = pool
-        self._lent = LentSegments(pool)
+        self._lent = LentSegments()
         self._queue: deque[memoryview] = deque()
         self._queued_bytes = 0
         self._fds: deque[int] = deque()

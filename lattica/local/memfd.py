@@ -56,10 +56,11 @@ _MAX_IOV: Final = 512
 class Segment:
     """Memory that this process owns and lends."""
 
-    __slots__ = ("capacity", "fd", "idle_since", "mapping")
+    __slots__ = ("capacity", "fd", "idle_since", "mapping", "pool")
 
-    def __init__(self, fd: int, capacity: int) -> None:
+    def __init__(self, fd: int, capacity: int, pool: SegmentPool) -> None:
         self.fd = fd
+        self.pool = pool
         self.capacity = capacity
         """Bytes of a tail that fit."""
         self.idle_since = 0.0
@@ -91,7 +92,6 @@ class OwnedTail(mmap.mmap):
     unless it was lent to another process meanwhile."""
 
     segment: Segment
-    pool: SegmentPool
     lent = False
     in_use = False
     """Set once it is mapped: the object exists, and ends, also when that failed."""
@@ -100,7 +100,7 @@ class OwnedTail(mmap.mmap):
         if self.in_use:
             _owned.add(-1)
             if not self.lent:
-                self.pool.give_back(self.segment)
+                self.segment.pool.give_back(self.segment)
 
 
 class ReceivedTail(mmap.mmap):
@@ -186,7 +186,7 @@ class SegmentPool:
         except BaseException:
             segment.close()
             raise
-        mapping.segment, mapping.pool, mapping.in_use = segment, self, True
+        mapping.segment, mapping.in_use = segment, True
         segment.mapping = weakref.ref(mapping)
         _owned.add(1)
         return memoryview(mapping)[HEADER_BYTES:]
@@ -247,14 +247,24 @@ class SegmentPool:
                 self._idle_bytes -= best.capacity
                 best.mapping = None
                 return best
-        return _new_segment(length)
+        return self._new_segment(length)
+
+    def _new_segment(self, length: int) -> Segment:
+        capacity = 1 << max(20, (length - 1).bit_length())  # untouched pages cost nothing, and sizes meet again
+        fd = os.memfd_create("lattica-tail", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, HEADER_BYTES + capacity)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        except BaseException:
+            os.close(fd)
+            raise
+        return Segment(fd, capacity, self)
 
 
 class LentSegments:
     """What one receiver has not released yet, oldest first."""
 
-    def __init__(self, pool: SegmentPool) -> None:
-        self._pool = pool
+    def __init__(self) -> None:
         self._lent: deque[Segment] = deque()
         self.bytes = 0
 
@@ -273,7 +283,7 @@ class LentSegments:
             segment = lent.popleft()
             if segment.released():
                 self.bytes -= segment.capacity
-                self._pool.give_back(segment)
+                segment.pool.give_back(segment)
             else:
                 lent.append(segment)
 
@@ -326,18 +336,6 @@ def _copy_tail_untrusted(fd: int, length: int) -> bytearray:
         filled += got
     os.pwrite(fd, b"\x01", _RELEASED_AT)
     return copy
-
-
-def _new_segment(length: int) -> Segment:
-    capacity = 1 << max(20, (length - 1).bit_length())  # untouched pages cost nothing, and sizes meet again
-    fd = os.memfd_create("lattica-tail", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.ftruncate(fd, HEADER_BYTES + capacity)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-    except BaseException:
-        os.close(fd)
-        raise
-    return Segment(fd, capacity)
 
 
 def _write_all(fd: int, buffers: Sequence[Buffer]) -> None:

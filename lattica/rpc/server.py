@@ -121,7 +121,7 @@ class InboundCall(Job):
         try:
             head, tails = encode_value(self._method.function(*self._args, **self._kwargs))
             self._respond(head, tails)
-        except Exception as error:  # whatever the handler raises is the caller's answer, and its alone
+        except (Exception, SystemExit) as error:  # whatever the handler raises is the caller's answer, and its alone
             self._fail(error)
         finally:
             _caller.reset(token)
@@ -133,6 +133,10 @@ class InboundCall(Job):
             return
         _caller.set(channel.peer)
         try:
+            if channel.congested():  # the peer does not take the results it has: no further ones are made for it
+                await channel.writable()
+                if call.over:
+                    return
             if style is Style.TASK:
                 result = await self._method.function(*self._args, **self._kwargs)
             elif style is Style.TASK_STREAM:
@@ -153,7 +157,7 @@ class InboundCall(Job):
             channel.machine.fail(call, CANCELLED, "Cancelled", f"{call.method} was cancelled by its node")
             channel.flush()
             raise
-        except Exception as error:  # whatever the handler raises is the caller's answer, and its alone
+        except (Exception, SystemExit) as error:  # whatever the handler raises is the caller's answer, and its alone
             self._fail(error)
         finally:
             call.owner = None  # no cycle for the garbage collector
@@ -166,7 +170,7 @@ class InboundCall(Job):
         else:
             machine.respond(call, head, tails)
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: Exception | SystemExit) -> None:
         machine = self._channel.machine
         if isinstance(error, LocalProtocolError):
             machine.fail(self._call, RESOURCE_EXHAUSTED, "InvalidResult", f"the result: {error}")

@@ -13,10 +13,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import trio
-from lattica_protocols.errors import ProtocolError
-from lattica_protocols.keys import PrivateKey
-from lattica_protocols.multiaddr import Multiaddr
-from lattica_protocols.peer_id import PeerId
 
 from lattica.errors import ConnectionLost, DialError, StreamReset, WrongPeer
 from lattica.host import Host, open_host
@@ -30,6 +26,10 @@ from lattica.interfaces import (
     StreamSink,
     Transport,
 )
+from lattica_protocols.errors import ProtocolError
+from lattica_protocols.keys import PrivateKey
+from lattica_protocols.multiaddr import Multiaddr
+from lattica_protocols.peer_id import PeerId
 
 WINDOW = 256 * 1024
 _Delivery = Callable[[], None]

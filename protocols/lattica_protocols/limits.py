@@ -196,7 +196,7 @@ KAD_MAX_LOOKUP_REQUESTS = 160
 lookup in a network of a million peers with a third of them gone needs about 60."""
 
 KAD_MAX_TABLE_PEERS_PER_SUBNET = 2
-"""Peers of one bucket within one IPv4 /24 or IPv6 /48 (private addresses aside): one operator's machines cannot fill it."""
+"""Peers of one bucket within one IPv4 /24 or IPv6 /48 (private addresses aside): one operator cannot fill it."""
 
 KAD_PROVIDERS_PER_KEY = 256
 """Providers kept for one key; the longest unrefreshed one makes room. An answer carries 64."""
@@ -240,7 +240,7 @@ MAX_NOISE_MUXERS = 32
 MAX_UNFINISHED_HANDSHAKES = 256
 """Accepted sockets that have not proven a peer id yet, all together: each costs a task and a file descriptor."""
 MAX_UNFINISHED_HANDSHAKES_PER_IP = 32
-"""The same from one address, so that one stranger cannot take all places; a NAT with 32 daemons starting at once fits."""
+"""The same from one address, so that one stranger cannot take all places; 32 daemons starting behind a NAT fit."""
 
 # -- yamux --------------------------------------------------------------------------------------------------------
 YAMUX_INITIAL_WINDOW = 256 * 1024
@@ -256,7 +256,7 @@ YAMUX_MAX_INBOUND_STREAMS = 512
 YAMUX_ACK_BACKLOG = 256
 """Set by the specification: streams opened and not yet acknowledged."""
 YAMUX_MAX_CONTROL_FRAMES = 2048
-"""Answers (pongs, resets) waiting for a peer that does not read them: 24 KB. More is a flood, and ends the connection."""
+"""Answers (pongs, resets) waiting for a peer that does not read them: 24 KB. More is a flood: ends the connection."""
 YAMUX_PING_BURST = 64
 """Pings a peer may send at once; go and js send one in 15-30 s."""
 YAMUX_PINGS_PER_SECOND = 8.0
@@ -347,7 +347,7 @@ MAX_FETCH_SOURCES = 16
 """Sources of one fetch that send at a time. Each fills a chunk buffer of its own."""
 
 # -- local socket -------------------------------------------------------------------------------------------------
-LOCAL_FD_OVER = 1 << 20
+LOCAL_FD_OVER = 128 << 10
 """Longer tails go as memory, not through the socket. Below it the system calls cost as much as the copies."""
 
 LOCAL_MAX_CLIENTS = 256
@@ -364,8 +364,8 @@ LOCAL_MAX_FDS = 128
 """File descriptors in one message. The kernel takes 253."""
 
 LOCAL_MAX_OUTPUT = 512 << 20
-"""Bytes queued for a client that does not read its socket, before it is disconnected: 512 results of 1 MiB that it asked
-for and is too busy to take."""
+"""Bytes queued for a client that does not read its socket, before it is disconnected: 512 results of 1 MiB that it
+asked for and is too busy to take."""
 
 LOCAL_MAX_LENT = 64
 LOCAL_MAX_LENT_BYTES = 1 << 30

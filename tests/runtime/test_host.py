@@ -7,7 +7,6 @@ from contextlib import asynccontextmanager
 
 import pytest
 import trio
-from lattica_protocols.errors import RemoteProtocolError
 
 from lattica.errors import (
     ConnectError,
@@ -23,6 +22,7 @@ from lattica.interfaces import Stream
 from lattica.negotiate import LazyStream
 from lattica.ping import PingService
 from lattica.testing import MemoryNetwork, open_memory_host
+from lattica_protocols.errors import RemoteProtocolError
 
 
 async def echo(stream: Stream) -> None:

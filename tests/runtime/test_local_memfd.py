@@ -60,7 +60,7 @@ def test_many_small_buffers_go_in_several_writes(pool: SegmentPool) -> None:
 
 
 def test_a_segment_is_used_again_only_after_the_release(pool: SegmentPool) -> None:
-    lent = LentSegments(pool)
+    lent = LentSegments()
     first = pool.store([b"1" * LENGTH], LENGTH)
     lent.add(first)
     view = map_tail_untrusted(first.fd)
@@ -119,7 +119,7 @@ def test_mappings_are_bounded_and_further_tails_are_copied(pool: SegmentPool, mo
 
 def test_a_receiver_that_keeps_everything_costs_a_bounded_number_of_descriptors(pool: SegmentPool) -> None:
     before = open_fds()
-    lent = LentSegments(pool)
+    lent = LentSegments()
     for _ in range(LOCAL_MAX_LENT + 10):
         lent.add(pool.store([b"x"], 1))
     assert open_fds() <= before + LOCAL_MAX_LENT

@@ -85,7 +85,7 @@ def test_identity_survives_and_bad_addresses_are_named(run, tmp_path: Path) -> N
             async with open_node(NodeConfig(home=tmp_path / "home", listen=[TCP])) as node:
                 ids.append(node.peer_id)
         assert ids[0] == ids[1]
-        with pytest.raises(lattica.ConfigError, match="/ip4/1.2.3/tcp/1"):
+        with pytest.raises(lattica.ConfigError, match=r"/ip4/1\.2\.3/tcp/1"):
             async with open_node(NodeConfig(listen=["/ip4/1.2.3/tcp/1"])):
                 pass
         with pytest.raises(lattica.ConfigError, match="PEER_ID"):

@@ -90,12 +90,12 @@ def test_other_variables_are_left_alone() -> None:
 
 
 def test_a_wrong_variable_is_named() -> None:
-    with pytest.raises(ConfigError, match="environment LATTICA_DAEMON_DRAIN_SECONDS.*'soon'.*from 0 to 600"):
+    with pytest.raises(ConfigError, match=r"environment LATTICA_DAEMON_DRAIN_SECONDS.*'soon'.*from 0 to 600"):
         load(None, environ={"LATTICA_DAEMON_DRAIN_SECONDS": "soon"})
 
 
 def test_a_wrong_flag_is_named() -> None:
-    with pytest.raises(ConfigError, match="flag --listen: listen.addrs"):
+    with pytest.raises(ConfigError, match=r"flag --listen: listen\.addrs"):
         load(None, environ={}, flags={"listen.addrs": ("--listen", ["nowhere"])})
 
 
