@@ -15,7 +15,6 @@ import os
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Final
 
 from lattica.errors import ConnectionLost
@@ -104,13 +103,13 @@ class LocalChannel(Channel):
             for fd in fds:
                 os.close(fd)
         self.dispatch()
-        if self.machine.limits.detach_over is None and self.machine.peer is not None:
+        if self.machine.outbox.detach_over is None and self.machine.peer is not None:
             self._agree()
 
     def _agree(self) -> None:
         peer = self.machine.peer
         over = LOCAL_FD_OVER if peer is not None and "fd" in peer.features and memfd.AVAILABLE else 1 << 62
-        self.machine.limits = replace(self.machine.limits, detach_over=over)
+        self.machine.outbox.detach_over = over
 
     def _receive_fd_untrusted(self, fd: int) -> None:
         tail_id = self._next_tail_id
@@ -221,6 +220,8 @@ class LocalChannel(Channel):
 
     def congested(self) -> bool:
         """The other side reads slower than we write."""
+        if self.machine.outbox.unsent > HIGH_WATER:
+            self.write_output()  # what a turn gathers would not be counted before its end
         return self._queued_bytes > HIGH_WATER
 
     # -- ending -------------------------------------------------------------------------------------------

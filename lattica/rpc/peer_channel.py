@@ -182,17 +182,20 @@ class PeerChannel(Channel):
     # -- waiting ------------------------------------------------------------------------------------------
     def congested(self) -> bool:
         """The peer reads slower than we write."""
+        if self.machine.outbox.unsent > HIGH_WATER:
+            self.write_output()  # what a turn gathers would not be counted before its end
         return self.stream.queued_bytes() > HIGH_WATER or self._tail_bytes > BULK_HIGH_WATER
 
     async def writable(self) -> None:
         """Wait until the peer has caught up, or the session is over."""
-        try:
-            while self.stream.queued_bytes() > HIGH_WATER:
+        while self.congested() and not self.closed.is_set():
+            if self._tail_bytes > BULK_HIGH_WATER:
+                await self._bulk_room.park()
+                continue
+            try:
                 await self.stream.drain()
-        except (ConnectionLost, StreamReset):
-            return
-        while self._tail_bytes > BULK_HIGH_WATER and not self.closed.is_set():
-            await self._bulk_room.park()
+            except (ConnectionLost, StreamReset):
+                return
 
     # -- what the base class asks for -----------------------------------------------------------------------
     def now(self) -> float:

@@ -586,7 +586,7 @@ def test_messages_over_the_limit_are_refused_and_nothing_else_happens(with_pair:
         with pytest.raises(InvalidArgument, match="over the limit"):
             await pair.call("echo", np.zeros(2_000_000, np.uint8))  # known from the HELLO
         channel = await pair.rpc.channel(pair.peer)
-        channel.machine.peer_tail = 1 << 30  # as if we did not know
+        channel.machine.outbox.peer_tail = 1 << 30  # as if we did not know
         with pytest.raises(ResourceExhausted, match="limit"):
             await pair.call("echo", np.zeros(2_000_000, np.uint8))
         assert len(await pair.call("big", 900_000)) == 900_000

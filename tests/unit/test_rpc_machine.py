@@ -312,7 +312,7 @@ def test_a_call_over_the_limit_is_refused_alone() -> None:
 @pytest.mark.parametrize("detach_over", [None, 1000])
 def test_a_tail_over_the_limit_is_thrown_away_and_answered(detach_over: int | None) -> None:
     a, b = pair({"detach_over": detach_over}, {"tail": 50_000})
-    a.machine.peer_tail = 1 << 30  # as if we had not been told
+    a.machine.outbox.peer_tail = 1 << 30  # as if we had not been told
     call = a.machine.open_call("a.b", b"\x90", [bytes(60_000)])
     other = a.machine.open_call("a.b", b"\x90", [bytes(40_000)])
     pump(a, b)
@@ -324,7 +324,7 @@ def test_a_tail_over_the_limit_is_thrown_away_and_answered(detach_over: int | No
 @pytest.mark.parametrize("detach_over", [None, 1000])
 def test_a_result_over_the_limit_fails_our_call(detach_over: int | None) -> None:
     a, b = pair({"tail": 50_000}, {"detach_over": detach_over})
-    b.machine.peer_tail = 1 << 30
+    b.machine.outbox.peer_tail = 1 << 30
     call, inbound = request(a, b)
     b.machine.respond(inbound, b"x", [bytes(60_000)])
     pump(a, b)

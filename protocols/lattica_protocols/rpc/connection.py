@@ -52,7 +52,6 @@ from lattica_protocols.limits import (
     RPC_MAX_ROUTE,
     RPC_MAX_TAIL,
     RPC_OBJECT_WEIGHT,
-    RPC_SPILL_OVER,
     RPC_STREAM_BYTES,
     RPC_STREAM_ITEMS,
 )
@@ -72,7 +71,6 @@ from lattica_protocols.rpc.frames import (
     ERROR,
     FINAL,
     GOAWAY,
-    HEADER,
     HELLO,
     IGNORABLE,
     ITEM,
@@ -88,12 +86,11 @@ from lattica_protocols.rpc.frames import (
     Buffer,
     Hello,
     decode_hello_head_untrusted,
-    encode_detached,
     encode_error_head,
-    encode_frame,
     encode_hello,
 )
 from lattica_protocols.rpc.inbox import FrameReader
+from lattica_protocols.rpc.outbox import Outbox
 from lattica_protocols.rpc.tails import DetachedTails
 
 Event: TypeAlias = tuple[int, Call, bytes, Buffer]
@@ -143,7 +140,6 @@ class RpcConnection:
         self.peer: Hello | None = None
         """What the other side said in its HELLO."""
         self.peer_calls = RPC_INITIAL_CALLS
-        self.peer_tail = RPC_MAX_TAIL
         self.going_away = False
         """One side sent GOAWAY: we open no new calls."""
         self.calls_seen = 0
@@ -158,7 +154,6 @@ class RpcConnection:
         self._heard_goodbye = False
         self._parity = 1 if initiator else 0
         self._next_id = 1 if initiator else 2
-        self._next_tail_id = 0
         self._held = 0
         self._now = 0.0
         self._allocate = allocate
@@ -166,10 +161,10 @@ class RpcConnection:
         self._tails = DetachedTails()
         self._reader = FrameReader(self._frame, self._open_inline_tail)
         self._events: list[Event] = []
-        self._detached: list[tuple[int, int, Sequence[Buffer]]] = []
-        self._long_output = False
         hello = Hello(session, False, limits.calls, limits.tail, features)
-        self._output: list[Buffer] = [encode_hello(hello)]
+        self.outbox = Outbox(limits.detach_over)
+        """What the runtime has not polled yet. A runtime may change its `detach_over` once it knows the peer."""
+        self.outbox.add_encoded(encode_hello(hello))
 
     # -- network -----------------------------------------------------------------------------------
     def receive_data(self, data: Buffer, now: float) -> None:
@@ -209,27 +204,17 @@ class RpcConnection:
                 self._events.append((ERROR, call, head, b""))
             elif call.announced:
                 self._events.append((CANCEL, call, b"", b""))
-        self._output.clear()
-        self._detached.clear()
+        self.outbox.clear()
 
     # -- output ------------------------------------------------------------------------------------
     def poll_transmit(self) -> list[Buffer]:
         """Buffers for the control stream, in order. Short output comes as one buffer."""
-        output = self._output
-        if len(output) > 1 and not self._long_output:
-            self._output = []
-            return [b"".join(output)]
-        self._output = []
-        self._long_output = False
-        return output
+        return self.outbox.take_frames()
 
     def poll_detached(self) -> list[tuple[int, int, Sequence[Buffer]]]:
         """`(tail id, length, buffers)` of tails that go another way. After `poll_transmit`, whose frames
         name them."""
-        detached = self._detached
-        if detached:
-            self._detached = []
-        return detached
+        return self.outbox.take_detached()
 
     def poll_events(self) -> list[Event]:
         """All events since the last time."""
@@ -256,7 +241,7 @@ class RpcConnection:
                 self.cancel(call)
                 self._events.append((ERROR, call, head, b""))
             else:
-                self._send(ERROR, FINAL, call.id, head)
+                self.outbox.add(ERROR, FINAL, call.id, head)
                 self._end_inbound(call)
 
     # -- verbs of a caller -------------------------------------------------------------------------
@@ -294,13 +279,13 @@ class RpcConnection:
             deadline_ms = min(max(1, int((deadline - now) * 1000)), 0xFFFFFFFF)
         head_length = 6 + len(route) + len(name) + len(args)
         if tails:
-            self._send(REQUEST, flags, call_id, b"".join((
+            self.outbox.add(REQUEST, flags, call_id, b"".join((
                 REQUEST_PRELUDE.pack(deadline_ms, len(route), len(name)), route, name, args,
             )), tails)  # fmt: skip
         elif head_length > RPC_MAX_HEAD:
             raise LocalProtocolError(f"arguments of {len(args)} bytes do not fit into a head")
         else:
-            self._output.append(b"".join((
+            self.outbox.add_encoded(b"".join((
                 REQUEST_FRAME.pack(
                     head_length, REQUEST, flags, head_length, call_id, deadline_ms, len(route), len(name)
                 ),
@@ -319,20 +304,20 @@ class RpcConnection:
     def cancel(self, call: Call) -> None:
         """End our own call: the other side hears of it, no event follows."""
         if not call.over:
-            self._send(CANCEL, FINAL, call.id, b"")
+            self.outbox.add(CANCEL, FINAL, call.id, b"")
             self._finish(call)
 
     # -- verbs of a callee -------------------------------------------------------------------------
     def respond(self, call: Call, head: bytes, tails: Sequence[Buffer] = ()) -> None:
         """The result of an inbound call, which is over with it."""
         if not call.over:
-            self._send(RESPONSE, FINAL, call.id, head, tails)
+            self.outbox.add(RESPONSE, FINAL, call.id, head, tails)
             self._finish(call)
 
     def fail(self, call: Call, code: int, kind: str, message: str) -> None:
         """End an inbound call with an error."""
         if not call.over:
-            self._send(ERROR, FINAL, call.id, encode_error_head(code, kind, message))
+            self.outbox.add(ERROR, FINAL, call.id, encode_error_head(code, kind, message))
             self._finish(call)
 
     # -- verbs of both -----------------------------------------------------------------------------
@@ -344,7 +329,7 @@ class RpcConnection:
         if flow is None or flow.local_ended or not call.can_send():
             raise LocalProtocolError("no credit to send on this call, or its direction has ended")
         flow.send_items -= 1
-        flow.send_bytes -= self._send(ITEM, 0, call.id, head, tails)
+        flow.send_bytes -= self.outbox.add(ITEM, 0, call.id, head, tails)
 
     def end(self, call: Call) -> None:
         """No more ITEMs from us. From the callee it ends the call."""
@@ -352,7 +337,7 @@ class RpcConnection:
         if call.over or flow is None or flow.local_ended:
             return
         flow.local_ended = True
-        self._send(END, 0 if call.outbound else FINAL, call.id, b"")
+        self.outbox.add(END, 0 if call.outbound else FINAL, call.id, b"")
         if not call.outbound:
             self._finish(call)
 
@@ -364,20 +349,20 @@ class RpcConnection:
         flow.owed_items += items
         flow.owed_bytes += nbytes
         if flow.owed_items * 2 >= RPC_STREAM_ITEMS or flow.owed_bytes * 2 >= RPC_STREAM_BYTES:
-            self._send(CREDIT, 0, call.id, CREDIT_HEAD.pack(flow.owed_items, flow.owed_bytes))
+            self.outbox.add(CREDIT, 0, call.id, CREDIT_HEAD.pack(flow.owed_items, flow.owed_bytes))
             self._release(call, flow.owed_items, flow.owed_bytes)
             flow.owed_items = flow.owed_bytes = 0
 
     def ping(self, payload: bytes = b"") -> None:
         """Ask for a sign of life; the answer is a PING event with the same head."""
-        self._send(PING, 0, 0, payload[:RPC_MAX_PING])
+        self.outbox.add(PING, 0, 0, payload[:RPC_MAX_PING])
 
     def go_away(self) -> None:
         """Ask for no new calls. Those that run finish. A second time does nothing."""
         if not self._said_goodbye:
             self._said_goodbye = True
             self.going_away = True
-            self._send(GOAWAY, 0, 0, b"")
+            self.outbox.add(GOAWAY, 0, 0, b"")
 
     def drained(self) -> bool:
         """Both sides sent GOAWAY and no call runs: the stream may end."""
@@ -414,7 +399,7 @@ class RpcConnection:
             items, nbytes = CREDIT_HEAD.unpack(head)
             self._release(call, items, nbytes)
         final = kind in (RESPONSE, ERROR, CANCEL) or (kind == END and not call.outbound)
-        self._send(kind, FINAL if final else 0, call.id, head, (tail,) if len(tail) else ())
+        self.outbox.add(kind, FINAL if final else 0, call.id, head, (tail,) if len(tail) else ())
         if final:
             self._finish(call)
 
@@ -461,7 +446,7 @@ class RpcConnection:
         if hello.bulk:
             raise RemoteProtocolError("a bulk stream's hello on a control stream")
         self.peer = hello
-        self.peer_calls, self.peer_tail = hello.calls, hello.tail
+        self.peer_calls, self.outbox.peer_tail = hello.calls, hello.tail
         self._events.append((HELLO, self.session_call, head, b""))
 
     def _session_frame(self, kind: int, flags: int, head: bytes) -> None:
@@ -471,7 +456,7 @@ class RpcConnection:
             if flags & FINAL:
                 self._events.append((PING, self.session_call, head, b""))
             else:
-                self._send(PING, FINAL, 0, head)
+                self.outbox.add(PING, FINAL, 0, head)
         elif kind == GOAWAY:
             self.going_away = self._heard_goodbye = True
             self._events.append((GOAWAY, self.session_call, head, b""))
@@ -509,7 +494,7 @@ class RpcConnection:
         if refusal is not None:
             if tail_id >= 0:
                 self._tails.discard(tail_id, length)
-            self._send(ERROR, FINAL, call_id, encode_error_head(RESOURCE_EXHAUSTED, "ResourceExhausted", refusal))
+            self.outbox.add(ERROR, FINAL, call_id, encode_error_head(RESOURCE_EXHAUSTED, "ResourceExhausted", refusal))
             return
         deadline = self._now + deadline_ms / 1000 if deadline_ms else None
         call = Call(call_id, False, flags & (BOTH_STREAMS | KEYWORDS), method, head[6 : 6 + route_length], deadline)
@@ -642,7 +627,7 @@ class RpcConnection:
             self.cancel(call)
             self._events.append((ERROR, call, head, b""))
         else:
-            self._send(ERROR, FINAL, call.id, head)
+            self.outbox.add(ERROR, FINAL, call.id, head)
             self._end_inbound(call)
 
     def _end_inbound(self, call: Call) -> None:
@@ -699,25 +684,3 @@ class RpcConnection:
             raise RemoteProtocolError(f"frame of kind {kind} is not a detached one")
         tail_id, length = DETACHED_TRAILER.unpack(trailer)
         return tail_id, length
-
-    def _send(self, kind: int, flags: int, call_id: int, head: bytes, tails: Sequence[Buffer] = ()) -> int:
-        """Queue one frame. The bytes it costs against credit."""
-        head_length = len(head)
-        if not tails:
-            self._output.append(HEADER.pack(head_length, kind, flags, head_length, call_id) + head)
-            return head_length
-        length = sum(map(len, tails))
-        if head_length > RPC_MAX_HEAD or length > self.peer_tail:
-            raise LocalProtocolError(f"a message of {length} bytes is over the limit of {self.peer_tail}")
-        detach_over = self.limits.detach_over
-        if detach_over is not None and length > detach_over:
-            tail_id = self._next_tail_id
-            self._next_tail_id = (tail_id + 1) & 0xFFFFFFFF
-            self._output.append(encode_detached(kind, flags, call_id, head, tail_id, length))
-            self._detached.append((tail_id, length, tails))
-        else:
-            self._output.append(encode_frame(kind, flags, call_id, head, length))
-            self._output.extend(tails)
-            if length > RPC_SPILL_OVER:
-                self._long_output = True
-        return head_length + length
