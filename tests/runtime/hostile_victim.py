@@ -16,6 +16,8 @@ import lattica
 class Victim:
     """Services with every kind of weak spot that a service can have."""
 
+    hanging = 0
+
     async def echo(self, data: Any) -> Any:
         return data
 
@@ -37,7 +39,11 @@ class Victim:
             yield bytes(1 << 20)
 
     async def hang(self) -> None:
-        await trio.sleep_forever()
+        self.hanging += 1
+        try:
+            await trio.sleep_forever()
+        finally:
+            self.hanging -= 1
 
     def unsendable(self) -> object:
         return object()
@@ -47,7 +53,8 @@ async def main() -> None:
     settings = json.loads(sys.argv[1])
     config = lattica.NodeConfig(listen=settings["listen"], home=Path(settings["home"]))
     async with lattica.open_node(config) as node:
-        node.rpc.serve("victim", Victim())
+        victim = Victim()
+        node.rpc.serve("victim", victim)
         shared = await node.blobs.share(Path(settings["share"]))
         hello = {
             "peer_id": str(node.peer_id),
@@ -60,6 +67,7 @@ async def main() -> None:
             state = {
                 "connections": len(node.host.connections()),
                 "tasks": trio.lowlevel.current_statistics().tasks_living,
+                "hanging": victim.hanging,
                 "handler_bugs": node.host.counters["handler_bugs"],
             }
             sys.stdout.write(json.dumps({"ok": state}) + "\n")

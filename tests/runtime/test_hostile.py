@@ -371,13 +371,12 @@ async def _calls(victim: Watched, method: str, args: tuple[Any, ...], count: int
     return peer
 
 
-@pytest.mark.parametrize("method", ["victim.echo", "victim.big"])
-def test_results_that_nobody_reads(attack: Callable[..., None], method: str) -> None:
+def test_results_that_nobody_reads(attack: Callable[..., None]) -> None:
     """4,000 calls whose results come to 200 MB."""
 
     async def attacker(victim: Watched) -> None:
         before = victim.resident()
-        peer = await _calls(victim, method, (50_000,) if method.endswith("big") else ("x" * 2000,), 4000)
+        peer = await _calls(victim, "victim.big", (50_000,), 4000)
         for _ in range(4):
             await _serves(victim)
             assert victim.resident() - before < 2 * GROWTH, f"{victim.resident() - before >> 20} MiB held for one peer"
@@ -444,22 +443,15 @@ def test_objects_that_nobody_reads(attack: Callable[..., None]) -> None:
         request = encode_frame(Kind.OBJECT, 1, Cid.parse(victim.cid).multihash.to_bytes())
         await peer.send(open_protocol(1, BLOBS))
         batch = request * 400
+        # The victim stops reading, or ends the connection because its window is overrun: both are right.
         with trio.move_on_after(5), contextlib.suppress(trio.BrokenResourceError):
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(_grow_on_window, peer, nursery.cancel_scope)
-                for _ in range(2000):
-                    await peer.send(frame(DATA, 0, 1, len(batch), batch))
+            for _ in range(2000):
+                await peer.send(frame(DATA, 0, 1, len(batch), batch))
         assert victim.resident() - before < 2 * GROWTH, f"{victim.resident() - before >> 20} MiB held for one peer"
         await _serves(victim)
         await peer.stream.aclose()
 
     attack(attacker, growth=2 * GROWTH)
-
-
-async def _grow_on_window(peer: RawPeer, scope: trio.CancelScope) -> None:
-    """Nothing is read; the victim closes the connection when its window is overrun, which is right as well."""
-    await trio.sleep(5)
-    scope.cancel()
 
 
 # -- what handlers do -------------------------------------------------------------------------------------------------
@@ -493,11 +485,10 @@ def test_a_peer_that_vanishes_during_calls(attack: Callable[..., None]) -> None:
     """Handlers that would run for ever end with the connection of their caller."""
 
     async def attacker(victim: Watched) -> None:
-        tasks = victim.state()["tasks"]
         peer = await _calls(victim, "victim.hang", (), 500)
-        wait_until(lambda: victim.state()["tasks"] > tasks + 400, 10, "the handlers do not run")
+        wait_until(lambda: victim.state()["hanging"] == 500, 10, "the handlers do not run")
         await peer.stream.aclose()
-        wait_until(lambda: victim.state()["tasks"] < tasks + 200, 10, "handlers of a caller that is gone go on")
+        wait_until(lambda: victim.state()["hanging"] == 0, 10, "handlers of a caller that is gone go on")
 
     attack(attacker)
 
