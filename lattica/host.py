@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 import trio
 
 from lattica.dialer import dial_first, order_addresses
-from lattica.errors import ConnectError, ConnectionLost, DialError, LatticaError, NoAddresses
+from lattica.errors import ConnectError, ConnectionLost, DialError, LatticaError, NoAddresses, WrongPeer
 from lattica.interfaces import Connection, Listener, Stream, StreamClass, Transport
 from lattica.listen_addrs import expand_wildcards
 from lattica.negotiate import LazyStream, RefusalPace, accept_protocol, select_protocol
-from lattica.peerstore import CONNECTED_TTL, PeerInfo, Peerstore
+from lattica.peerstore import CONNECTED_TTL, FOUND_TTL, PeerInfo, Peerstore
 from lattica.session import Session
 from lattica_protocols.errors import ProtocolError
 from lattica_protocols.limits import (
@@ -98,6 +98,8 @@ class Host:
         self.announce = list(announce)
         self.gate: Callable[[PeerId], str | None] = lambda peer: None
         """Returns why a peer may not connect, `None` when it may."""
+        self.find_addrs: Callable[[PeerId], Awaitable[Iterable[Multiaddr]]] | None = None
+        """Where to ask (the DHT) about a peer whose addresses are not known or do not answer."""
         self._transports: list[Transport] = []
         self._listeners: list[Listener] = []
         self._handlers: dict[str, StreamHandler] = {}
@@ -130,17 +132,19 @@ class Host:
         stream_class: StreamClass = "control",
         addrs: Sequence[Multiaddr] = (),
         dial: bool = True,
+        route: bool = True,
         connection: Connection | None = None,
     ) -> Stream:
         """A stream to `peer` that speaks one of `protocols` (`stream.protocol` tells which).
 
         Takes the best connection for `stream_class` (or `connection`), and dials when there is none and `dial` is
-        true. When identify told that the peer speaks the first of them, the proposal travels with the first data.
+        true; `route` as for `connect`. When identify told that the peer speaks the first of them, the proposal
+        travels with the first data.
         Errors: `ConnectError`, `ConnectionLost`, `ProtocolNotSupported`.
         """
         wanted = [protocols] if isinstance(protocols, str) else list(protocols)
         if connection is None:
-            connection = await self._connection_for(peer, stream_class, addrs, dial)
+            connection = await self._connection_for(peer, stream_class, addrs, dial, route)
         stream = await connection.open_stream()
         known = self.peerstore.protocols(peer)
         for protocol in wanted:
@@ -158,13 +162,13 @@ class Host:
         return stream
 
     async def _connection_for(
-        self, peer: PeerId, stream_class: StreamClass, addrs: Sequence[Multiaddr], dial: bool
+        self, peer: PeerId, stream_class: StreamClass, addrs: Sequence[Multiaddr], dial: bool, route: bool
     ) -> Connection:
         best = self.connection(peer, stream_class)
         if best is None:
             if not dial:
                 raise ConnectionLost(f"no connection with {peer.short()} is up")
-            return await self.connect(peer, addrs)
+            return await self.connect(peer, addrs, route=route)
         if stream_class == "bulk" and best.path == "quic" and dial:
             await self._upgrade_for_bulk(peer)
             best = self.connection(peer, stream_class) or best
@@ -215,10 +219,13 @@ class Host:
         if self._protected[peer] <= 0:
             del self._protected[peer]
 
-    async def connect(self, peer: PeerId | None, addrs: Sequence[Multiaddr] = ()) -> Connection:
+    async def connect(
+        self, peer: PeerId | None, addrs: Sequence[Multiaddr] = (), *, route: bool = True
+    ) -> Connection:
         """A connection with `peer`: one that is up, or a new one over `addrs` and all addresses known.
 
         With `peer` None the first of `addrs` has to name the peer or whoever answers is accepted.
+        With `route` others are asked (`find_addrs`) when no address is known or none of them answers.
         Errors: `NoAddresses`, `WrongPeer`, `ConnectError`.
         """
         if peer is None:
@@ -228,8 +235,33 @@ class Host:
             peer = named[0]
         if peer == self.peer_id:
             raise ConnectError("this is our own peer id")
+        reason = self.gate(peer)
+        if reason is not None:
+            raise ConnectError(reason)
         if addrs:
             self.peerstore.add_addrs(peer, addrs, CONNECTED_TTL)
+        known = self.peerstore.addrs(peer)
+        if known or not route:
+            try:
+                return await self._connect_known(peer)
+            except WrongPeer:
+                raise
+            except ConnectError:
+                if not route or not await self._find_more(peer, known):
+                    raise
+        elif self.connection(peer) is None:
+            await self._find_more(peer, ())
+        return await self._connect_known(peer)
+
+    async def _find_more(self, peer: PeerId, known: Collection[Multiaddr]) -> bool:
+        """Ask others where `peer` is; whether that told anything new. The search itself may connect with it."""
+        if self.find_addrs is None:
+            return False
+        found = [addr.without_peer() for addr in await self.find_addrs(peer)]
+        self.peerstore.add_addrs(peer, found, FOUND_TTL)
+        return any(addr not in known for addr in found)
+
+    async def _connect_known(self, peer: PeerId) -> Connection:
         while True:
             best = self.connection(peer)
             if best is not None:
@@ -246,10 +278,6 @@ class Host:
             done.set()
 
     async def _dial(self, peer: PeerId | None, addrs: Sequence[Multiaddr]) -> Connection:
-        if peer is not None:
-            reason = self.gate(peer)
-            if reason is not None:
-                raise ConnectError(reason)
         usable = [a for a in addrs if any(t.can_dial(a) for t in self._transports)]
         if not usable:
             raise NoAddresses(

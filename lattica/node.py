@@ -89,6 +89,7 @@ class Node:
             mode=config.kad_mode,
             accept_any=config.kad_accept_any,
         )
+        host.find_addrs = self.kad.find_peer
         self.rpc = RpcService(host)
         self.blobs = BlobService(host, self.kad, store)
         self.bootstrap = [Multiaddr.parse(text) for text in config.bootstrap]

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 CONNECTED_TTL = 1800.0
 """Seconds that an address is kept after a connection over it: as long as Kademlia keeps provider addresses."""
+FOUND_TTL = 600.0
+"""Seconds for addresses that others told and nobody has tried."""
 PERMANENT = float("inf")
 
 

@@ -84,7 +84,7 @@ class Requests:
                 stream.reset()
 
     async def _open(self, peer: PeerId, addrs: Sequence[Multiaddr]) -> Stream:
-        return await self._host.open_stream(peer, self._protocol, addrs=addrs)
+        return await self._host.open_stream(peer, self._protocol, addrs=addrs, route=False)  # or lookups without end
 
     def _check_untrusted(self, stream: Stream, request: KadMessage, answer: KadMessage) -> Answer:
         remote = stream.connection.remote_addr

@@ -95,7 +95,7 @@ class Upkeep:
                 if len(self._service.table) >= K:
                     return
                 try:
-                    await self._host.connect(contact.peer)
+                    await self._host.connect(contact.peer, route=False)
                 except LatticaError as error:
                     log.debug("contact_gone peer=%s error=%s", contact.peer.short(), error)
 

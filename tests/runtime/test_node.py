@@ -14,6 +14,7 @@ import trio
 
 import lattica
 from lattica.node import Node, NodeConfig, open_node
+from lattica_protocols.multiaddr import Multiaddr
 
 TCP, QUIC = "/ip4/127.0.0.1/tcp/0", "/ip4/127.0.0.1/udp/0/quic-v1"
 
@@ -64,6 +65,28 @@ def test_calls_with_tensors_and_streams(run, tmp_path: Path, listen: str) -> Non
             assert [i async for i in two.rpc.stream(one.peer_id, "expert.generate", 50)] == list(range(50))
             with pytest.raises(lattica.ServiceNotFound):
                 await two.rpc.call(one.peer_id, "nobody.home", timeout=10)
+
+    run(main)
+
+
+@pytest.mark.parametrize("stale", [False, True], ids=["no address known", "a stale address known"])
+def test_a_peer_is_called_by_its_id_alone(run, stale: bool) -> None:
+    async def main() -> None:
+        async with open_node(NodeConfig(listen=[TCP], kad_mode="server")) as door:
+            addr = f"{door.host.listen_addrs()[0]}/p2p/{door.peer_id}"
+            async with (
+                open_node(NodeConfig(listen=[TCP], kad_mode="client", bootstrap=[addr])) as worker,
+                open_node(NodeConfig(listen=[TCP], kad_mode="client", bootstrap=[addr])) as caller,
+            ):
+                await door.wait_identified(worker.peer_id)
+                await caller.wait_identified(door.peer_id)
+                assert not caller.host.peerstore.addrs(worker.peer_id)
+                if stale:
+                    gone = Multiaddr.parse("/ip4/127.0.0.1/tcp/1")
+                    caller.host.peerstore.add_addrs(worker.peer_id, [gone], 3600)
+                worker.rpc.serve("expert", Expert())
+                x = np.ones(4, dtype=np.float32)
+                assert np.array_equal(await caller.rpc.call(worker.peer_id, "expert.forward", x, timeout=10), x * 2)
 
     run(main)
 
