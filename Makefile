@@ -54,6 +54,7 @@ interop: $(STAMP)
 	$(PYTHON) -m pytest tests/interop
 
 bench: $(STAMP)
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	$(PYTHON) tests/bench/run.py
 
 fuzz: $(STAMP)

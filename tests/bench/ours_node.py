@@ -6,7 +6,6 @@ Handlers and calls are written as a user would write them: an `async def` method
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -113,15 +112,6 @@ async def fetch(node: Node, cid: str, dest: str) -> dict[str, Any]:
     return {"bytes_per_second": result.bytes / seconds, "seconds": seconds, "bytes": result.bytes}
 
 
-def resident() -> int:
-    """Resident bytes of this process without pages of mapped files: what it costs the machine."""
-    fields = Path("/proc/self/status").read_text().splitlines()
-    values = {
-        line.split(":")[0]: int(line.split()[1]) * 1024 for line in fields if line.startswith(("VmRSS", "RssFile"))
-    }
-    return values["VmRSS"]
-
-
 async def obey(node: Node, name: str, args: list[Any]) -> Any:
     """One command of the driver."""
     if name == "calls":
@@ -138,11 +128,6 @@ async def obey(node: Node, name: str, args: list[Any]) -> Any:
         return True
     if name == "latency_during":
         return await latency_during(node, PeerId.parse(args[0]), *args[1:])
-    if name == "resident":
-        return resident()
-    if name == "cpu_seconds":
-        times = os.times()
-        return times.user + times.system
     if name == "connect":
         from lattica_protocols.multiaddr import Multiaddr
 
