@@ -6,6 +6,7 @@ All of this blocks; the service calls it in worker threads.
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import sys
 from contextlib import contextmanager
@@ -111,6 +112,24 @@ def copy(source: int, target: int, size: int) -> None:
         if done == 0:
             break
         at += done
+
+
+def new_buffer(length: int) -> mmap.mmap:
+    """Zeroed memory at a page boundary, as direct writes need it."""
+    return mmap.mmap(-1, length)
+
+
+def open_direct(path: Path) -> int:
+    """A descriptor whose writes go past the page cache, -1 where the system or the file system has none."""
+    direct = getattr(os, "O_DIRECT", 0)
+    if not direct:
+        return -1
+    try:
+        return os.open(path, os.O_WRONLY | os.O_NOFOLLOW | direct)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return -1
+        raise
 
 
 def write_all(fd: int, data: bytes | memoryview, offset: int) -> int:

@@ -3,10 +3,14 @@
 The data is written once, into `.NAME.CID.part` beside its destination, with its whole size reserved at the start.
 Continuing means to hash what is there: extents that were never written are skipped, so this costs what was fetched
 at some GB/s, and it trusts neither the order in which the kernel wrote nor anybody who had the file in between.
+
+Large files are written past the page cache: a model of 100 GB would push everything else out of memory, and its last
+sync would take as long as the fetch. It also saves a copy and fresh pages, half of the processor time of a fetch.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from typing import TYPE_CHECKING
@@ -17,6 +21,8 @@ from lattica.blobs.files import (
     FileIdentity,
     clone,
     data_extents,
+    new_buffer,
+    open_direct,
     preallocate,
     read_full,
     rename_durably,
@@ -35,6 +41,10 @@ if TYPE_CHECKING:
     from lattica_protocols.cid import Cid
 
 _NAME_MAX = 255
+_DIRECT_OVER = 64 << 20
+"""Bytes of a file from which on it is written past the page cache. Smaller ones are likely read next."""
+_BLOCK = 4096
+"""Direct writes have to be multiples of the block size, which is at most a page on what people use."""
 
 
 def part_path(dest: Path, cid: Cid) -> Path:
@@ -54,6 +64,7 @@ class PartFile:
         self.manifest = manifest
         self.have = ChunkSet(manifest.chunk_count)
         self._stop = threading.Event()
+        self._direct_fd = -1
         existed = path.exists()
         with storage_errors(path):
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -62,6 +73,8 @@ class PartFile:
                     os.ftruncate(self._fd, manifest.size)
                 if not existed:
                     preallocate(self._fd, manifest.size)
+                if manifest.size >= _DIRECT_OVER:
+                    self._direct_fd = open_direct(path)
             except BaseException:
                 os.close(self._fd)
                 if not existed:
@@ -73,9 +86,10 @@ class PartFile:
         self._stop.set()
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        for fd in (self._fd, self._direct_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._direct_fd = -1
 
     # -- what is already there ----------------------------------------------------------------------------
     def adopt(self) -> int:
@@ -87,7 +101,7 @@ class PartFile:
         return reused
 
     def _written_chunks(self) -> Iterator[tuple[int, memoryview]]:
-        buffer = memoryview(bytearray(CHUNK_BYTES))
+        buffer = memoryview(new_buffer(CHUNK_BYTES))
         nxt = 0
         for start, end in data_extents(self._fd, min(self.manifest.size, os.fstat(self._fd).st_size)):
             for index in range(max(nxt, start // CHUNK_BYTES), (end - 1) // CHUNK_BYTES + 1):
@@ -112,7 +126,7 @@ class PartFile:
         try:
             if len(self.have) == 0 and os.fstat(fd).st_size == self.manifest.size and clone(fd, self._fd):
                 return self.adopt()
-            buffer = memoryview(bytearray(CHUNK_BYTES))
+            buffer = memoryview(new_buffer(CHUNK_BYTES))
             taken = 0
             for index in list(self.have.missing()):
                 self._check_stop()
@@ -143,7 +157,19 @@ class PartFile:
 
     def write(self, index: int, data: memoryview) -> None:
         with storage_errors(self.path):
-            write_all(self._fd, data, index * CHUNK_BYTES)
+            if not self._write_direct(data, index * CHUNK_BYTES):
+                write_all(self._fd, data, index * CHUNK_BYTES)
+
+    def _write_direct(self, data: memoryview, offset: int) -> bool:
+        """False when this one cannot be written that way: the last of a file, or memory not at a page boundary."""
+        if self._direct_fd < 0 or len(data) % _BLOCK:
+            return False
+        try:
+            return os.pwrite(self._direct_fd, data, offset) == len(data)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return False
 
     def sync(self) -> None:
         """Write back what the page cache holds, so that the last one before the rename is short."""

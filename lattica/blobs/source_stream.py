@@ -6,10 +6,12 @@ the buffer of their chunk, and no task is woken before a chunk is whole.
 
 from __future__ import annotations
 
+import mmap
 from typing import TYPE_CHECKING, Protocol
 
 import trio
 
+from lattica.blobs.files import new_buffer
 from lattica.errors import LatticaError
 from lattica_protocols.blobs.source import (
     BlobSource,
@@ -38,19 +40,19 @@ OBJECT_TIMEOUT = 20.0
 
 
 class ChunkBuffers:
-    """Chunk buffers that are used again: fresh memory costs more than the copy into it."""
+    """Chunk buffers that are used again, fit for direct writes. Fresh memory costs more than the copy into it."""
 
     def __init__(self) -> None:
-        self._free: list[bytearray] = []
+        self._free: list[mmap.mmap] = []
 
     def take(self, length: int) -> memoryview:
-        buffer = self._free.pop() if self._free else bytearray(CHUNK_BYTES)
+        buffer = self._free.pop() if self._free else new_buffer(CHUNK_BYTES)
         return memoryview(buffer)[:length]
 
     def give_back(self, view: memoryview) -> None:
         buffer = view.obj
         view.release()
-        if isinstance(buffer, bytearray) and len(buffer) == CHUNK_BYTES and len(self._free) < _KEPT_BUFFERS:
+        if isinstance(buffer, mmap.mmap) and len(buffer) == CHUNK_BYTES and len(self._free) < _KEPT_BUFFERS:
             self._free.append(buffer)
 
 

@@ -18,6 +18,7 @@ import trio
 
 from lattica.blobs import BlobStore
 from lattica.blobs.part import PartFile, part_path
+from lattica.blobs.source_stream import ChunkBuffers
 from lattica.errors import StorageError, StorageFull
 from lattica.node import NodeConfig, open_node
 from lattica_protocols.blobs.manifest import BlobManifest, make_blob
@@ -217,3 +218,28 @@ def test_a_temporary_store_leaves_nothing_behind() -> None:
         directory = store.directory
         assert directory.is_dir()
     assert not directory.exists()
+
+
+@pytest.mark.parametrize("place", ["disk", "memory"])
+@pytest.mark.parametrize("aligned", [True, False])
+def test_a_large_file_is_right_however_it_is_written(tmp_path: Path, place: str, aligned: bool) -> None:
+    """Past the page cache where memory, length and file system allow it, through it where not."""
+    if place == "memory" and not os.access("/dev/shm", os.W_OK):
+        pytest.skip("no /dev/shm to write to")
+    data = random.Random(7).randbytes((64 << 20) + 4097)
+    chunks = [data[at : at + CHUNK_BYTES] for at in range(0, len(data), CHUNK_BYTES)]
+    manifest, _ = manifest_of(data)
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if place == "memory" else tmp_path) as folder:
+        part = PartFile(Path(folder) / "part", manifest)
+        buffers = ChunkBuffers()
+        for index in random.Random(8).sample(range(len(chunks)), len(chunks)):
+            size = len(chunks[index])
+            view = buffers.take(size) if aligned else memoryview(bytearray(size + 1))[1:]
+            view[:] = chunks[index]
+            assert part.verify_and_write(index, view)
+            part.have.add(index)
+            if aligned:
+                buffers.give_back(view)
+        part.publish(Path(folder) / "whole")
+        part.close()
+        assert (Path(folder) / "whole").read_bytes() == data
