@@ -61,6 +61,10 @@ class Stream(ABC):
         own: callers that can produce without limit await `drain` between writes, or use `send_all`.
         """
 
+    def write_now(self, *buffers: Buffer) -> None:
+        """`write` by somebody who has gathered already: where it can, it leaves before this returns."""
+        self.write(*buffers)
+
     @abstractmethod
     async def drain(self) -> None:
         """Wait until less than a high-water mark (256 KiB) of this stream is queued."""

@@ -171,6 +171,9 @@ class LazyStream(Stream):
     def write(self, *buffers: Buffer) -> None:
         self._raw.write(*buffers)
 
+    def write_now(self, *buffers: Buffer) -> None:
+        self._raw.write_now(*buffers)
+
     async def drain(self) -> None:
         await self._raw.drain()
 

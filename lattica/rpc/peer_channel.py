@@ -224,7 +224,7 @@ class PeerChannel(Channel):
 
     def _write(self, buffers: Sequence[Buffer]) -> None:
         try:
-            self.stream.write(*buffers)
+            self.stream.write_now(*buffers)
         except (ConnectionLost, StreamReset):
             pass  # `stream_closed` tells
 

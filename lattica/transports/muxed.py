@@ -6,8 +6,9 @@ wrote meanwhile.
 
 Writing: whoever writes wakes the writing task, which runs when this scheduling turn is over. So everything
 written in one turn is gathered: small frames of all streams into one Noise message, up to four messages into
-one `send`. No more than that is ever encrypted before the socket has room for it, so that a small call
-overtakes the bulk that is still in the queues of yamux.
+one `send`. Who has gathered already sends without that detour (`send_now`). No more than one `send` is ever
+encrypted before the socket has room for it, so that a small call overtakes the bulk that is still in the queues
+of yamux.
 
 Both stop after a bounded number of bytes to let other tasks run.
 """
@@ -224,6 +225,17 @@ class MuxedConnection(Connection):
             self._parked_writer = None
             trio.lowlevel.reschedule(task)
 
+    def send_now(self) -> None:
+        """Send what is queued without the detour over the writing task, which costs a round of the scheduler."""
+        if self._parked_writer is None or self._reading:
+            return  # it leaves soon anyway
+        try:
+            state = self._flush()
+        except (OSError, LatticaError):
+            state = _Flushed.BLOCKED  # the writing task meets it again, and its error ends the connection
+        if state is not _Flushed.ALL or self.session.has_events:
+            self._unpark_writer()
+
     async def wait_sent(self, stream: MuxedStream, mark: int) -> None:
         """Wait until `mark` bytes of the stream were taken. Raises the stream's error when it fails
         before."""
@@ -272,7 +284,8 @@ class MuxedConnection(Connection):
         except trio.ClosedResourceError:
             self.abort()
         except (OSError, LatticaError, LocalProtocolError) as error:
-            self.abort(ConnectionLost(f"the connection was lost: {error}"))
+            orderly = self.session.go_away_received or self.session.go_away_sent
+            self.abort(None if orderly else ConnectionLost(f"the connection was lost: {error}"))
         except Exception as error:
             # A bug in a sink, in the worst case one that a peer can provoke: it may cost this connection, not
             # the node.
@@ -295,15 +308,18 @@ class MuxedConnection(Connection):
                 return
             if size is not None:
                 self.received_bytes += size
+                drained = kept + size < len(memory)  # another read would find nothing
                 kept = self._receive(memory, kept + size)
                 bytes_left -= size
                 reads_left -= 1
-                if bytes_left > 0 and reads_left > 0:
+                if bytes_left > 0 and reads_left > 0 and not drained:
                     continue
             # Others use the memory while we wait, so the beginning of a message that is not all there moves
             # out.
             self._kept = bytes(memory[:kept])
-            if size is None:
+            if self.closed.is_set():
+                return
+            if size is None or drained:
                 await channel.wait_receivable()
             else:
                 await trio.lowlevel.checkpoint()
@@ -313,6 +329,7 @@ class MuxedConnection(Connection):
     async def _write(self) -> None:
         while not self.closed.is_set():
             state = self._flush()
+            self._handle_events()
             if state is _Flushed.BLOCKED:
                 await self._channel.wait_sendable()
             elif state is _Flushed.PART:
@@ -367,8 +384,10 @@ class MuxedConnection(Connection):
         kept = filled - pos
         if kept and pos:
             memory[:kept] = memory[pos:filled]
-        if session.wants_transmit and not self._blocked and self._flush() is not _Flushed.ALL:
-            self._unpark_writer()
+        if session.wants_transmit and not self._blocked:
+            if self._flush() is not _Flushed.ALL:
+                self._unpark_writer()
+            self._handle_events()
         return kept
 
     def _handle_events(self) -> None:
@@ -454,7 +473,6 @@ class MuxedConnection(Connection):
             if end > start:
                 pos = self._sealer.seal(out, pos, end - start)
         self._out, self._out_start, self._out_end = out, 0, pos
-        self._handle_events()
         if self._write_waiters:
             for entry in [entry for entry in self._write_waiters if entry[0].state.sent >= entry[1]]:
                 self._write_waiters.remove(entry)

@@ -52,6 +52,12 @@ class MuxedStream(Stream):
         self._session.write(self.state, *buffers)
         self._connection.wake_writer()
 
+    def write_now(self, *buffers: Buffer) -> None:
+        if self._error is not None or self.state.fin_due:
+            self._refuse_write()
+        self._session.write(self.state, *buffers)
+        self._connection.send_now()
+
     def _refuse_write(self) -> None:
         if self._error is not None:
             raise _again(self._error)

@@ -266,6 +266,11 @@ class YamuxSession:
         """What happened, oldest first."""
         return self._events.popleft() if self._events else None
 
+    @property
+    def has_events(self) -> bool:
+        """Whether `next_event` would tell something."""
+        return bool(self._events)
+
     # -- sending ---------------------------------------------------------------------------------------------
     @property
     def wants_transmit(self) -> bool:
