@@ -4,10 +4,11 @@
 # make interop tests against other libp2p implementations, which it installs
 # make bench   measurements beside other implementations, in one run
 # make fuzz    every parser of bytes from the network, longer than `make test` does
+# make soak    ten minutes of garbage on every port of a daemon that has to go on serving
 #
 # Everything runs in .venv, which is made here from the newest Python of 3.11 or later that is found.
 
-.PHONY: demo test check interop bench fuzz venv clean
+.PHONY: demo test check interop bench fuzz soak venv clean
 .DEFAULT_GOAL := help
 
 VENV := .venv
@@ -24,7 +25,7 @@ done
 endef
 
 help:
-	@sed -n '1,8s/^# *//p' Makefile
+	@sed -n '1,9s/^# *//p' Makefile
 
 $(STAMP): pyproject.toml
 	@python=$$($(FIND_PYTHON)); \
@@ -59,6 +60,9 @@ bench: $(STAMP)
 
 fuzz: $(STAMP)
 	$(PYTHON) -m pytest tests/fuzz
+
+soak: $(STAMP)
+	$(PYTHON) tests/fuzz/soak.py --seconds 600
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
