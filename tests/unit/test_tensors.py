@@ -220,6 +220,24 @@ def test_torch_tensors_without_importing_torch(monkeypatch: pytest.MonkeyPatch, 
     assert steps[:2] == ["detach", "cpu"]
 
 
+def test_real_torch_tensors() -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    for tensor in (
+        torch.arange(12, dtype=torch.float32).reshape(3, 4),
+        torch.arange(6).reshape(2, 3).t(),
+        torch.ones(4, 4)[:, ::2],
+        torch.ones(5, dtype=torch.bfloat16),
+        torch.ones(3, requires_grad=True),
+        torch.zeros(0, 3),
+        torch.tensor(3.5),
+    ):
+        head, tails = encode_value(tensor)
+        array_back = decode_value_untrusted(head, b"".join(tails))
+        assert array_back.shape == tuple(tensor.shape)
+        assert str(array_back.dtype) == str(tensor.dtype).removeprefix("torch.")
+        assert array_back.astype(np.float32).tolist() == tensor.detach().to(torch.float32).tolist()
+
+
 def test_nothing_imports_numpy_before_there_is_an_array() -> None:
     program = (
         "import sys; from lattica_protocols.rpc.tensors import encode_value, decode_value_untrusted as d; "
