@@ -91,4 +91,5 @@ async def dial_first(addrs: Sequence[Multiaddr], dial_one: DialOne, *, delay: fl
             raise error
     if len(failures) == 1:
         raise failures[0][1]
-    raise ConnectError("; ".join(f"{addr}: {error}" for addr, error in failures))
+    told = [str(error) if str(addr) in str(error) else f"{addr}: {error}" for addr, error in failures]
+    raise ConnectError("; ".join(told))

@@ -128,7 +128,7 @@ class QuicTransport(Transport):
 
     async def _dial_one(self, remote: Address, expected: PeerId | None) -> QuicLink:
         try:
-            link = self.endpoint_for(remote).connect(remote, expected)
+            link = self.endpoint_for(remote).connect(remote, expected, refusable=True)
         except OSError as error:
             raise DialError(f"no socket to dial {remote[0]} from: {error.strerror}")
         try:

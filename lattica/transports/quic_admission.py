@@ -183,6 +183,14 @@ def destination_id(data: bytes) -> bytes | None:
     return data[1 : 1 + CONNECTION_ID_BYTES]
 
 
+def source_id(data: bytes) -> bytes | None:
+    """The source connection id of a QUIC datagram with a long header, `None` for any other or a cut-off one."""
+    if not data or not data[0] & 0x80:
+        return None
+    ids = _connection_ids(data)
+    return None if ids is None else ids[1]
+
+
 def _connection_ids(data: bytes) -> tuple[bytes, bytes] | None:
     """(destination, source) of a long header."""
     if len(data) < 7:

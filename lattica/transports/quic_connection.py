@@ -10,6 +10,7 @@ not follow a changed address, so waiting longer gains nothing.
 
 from __future__ import annotations
 
+import errno
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,8 @@ class QuicLink(Connection):
         self.source: bytes | None = None
         """The local address datagrams came to, to answer from the same one."""
         self.connection_ids: set[bytes] = set()
+        self.refusable = False
+        """ICMP errors may end the handshake."""
         """All ids under which the endpoint finds this connection."""
         self.scheduled_at = float("inf")
         """The endpoint's timer entry."""
@@ -245,9 +248,11 @@ class QuicLink(Connection):
             self._use_datagram_size()
 
     def send_failed(self, error: OSError) -> None:
-        """There is no way to the peer's address from this machine."""
+        """There is no way to the peer's address from this machine, or ICMP said so."""
         self.engine.terminate()
-        self._finish(DialError(error.strerror or "unreachable"))
+        refused = error.errno == errno.ECONNREFUSED
+        text = "connection refused, nobody listens there" if refused else error.strerror or "unreachable"
+        self._finish(DialError(text))
 
     def stateless_reset(self, token: bytes) -> bool:
         """Whether `token` proves that the peer has lost the connection; it is over then."""

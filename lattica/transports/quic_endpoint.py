@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from lattica.errors import DialError
-from lattica.transports.quic_admission import Admission, Admitted, Answer, destination_id
+from lattica.transports.quic_admission import Admission, Admitted, Answer, destination_id, source_id
 from lattica.transports.quic_connection import QuicLink, to_multiaddr
 from lattica.transports.quic_engine import RESET_TOKEN_BYTES, Address, Credentials, Engine
 from lattica.transports.quic_socket import Datagrams, UdpSocket
@@ -91,12 +91,16 @@ class Endpoint:
         """End all connections and the tasks."""
         self._scope.cancel()
 
-    def connect(self, remote: Address, expected: PeerId | None) -> QuicLink:
-        """Start an outbound handshake; wait for `link.settled`."""
+    def connect(self, remote: Address, expected: PeerId | None, *, refusable: bool = False) -> QuicLink:
+        """Start an outbound handshake; wait for `link.settled`.
+
+        `refusable`: ICMP errors end it. A punched hole must not be: the other side's NAT may refuse us at first.
+        """
         if self.closed:
             raise DialError("the socket is closed")
         engine = Engine(self._credentials, is_client=True)
         link = QuicLink(self, engine, "outbound", remote, expected)
+        link.refusable = refusable
         self._links.add(link)
         self.add_connection_id(link, engine.host_cid)
         engine.connect(remote, trio.current_time())
@@ -153,11 +157,15 @@ class Endpoint:
             await socket.wait_readable()
             now = trio.current_time()
             touched: set[QuicLink] = set()
-            for _ in range(_READS_PER_TURN):
+            for turn in range(_READS_PER_TURN):
                 received = socket.receive()
                 if received is None:
+                    if turn == 0:  # what woke us was no datagram
+                        self._handle_errors()
                     break
                 datagrams, addr, source = received
+                if not datagrams:
+                    self._handle_errors()
                 for data in datagrams:
                     link = self._dispatch(data, addr, now)
                     if link is not None:
@@ -165,6 +173,15 @@ class Endpoint:
                         touched.add(link)
             for link in touched:
                 link.handle_events(now)
+                self.schedule(link)
+
+    def _handle_errors(self) -> None:
+        """ICMP says that a datagram did not arrive. It has to quote the random id of a handshake that may be refused:
+        anybody can send ICMP."""
+        for quoted, addr, error in self.socket.receive_errors():
+            link = self._by_id.get(source_id(quoted) or b"")
+            if link is not None and link.refusable and link.remote[:2] == addr[:2] and not link.established:
+                link.send_failed(error)
                 self.schedule(link)
 
     def _dispatch(self, data: bytes, addr: Address, now: float) -> QuicLink | None:

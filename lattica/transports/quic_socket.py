@@ -6,11 +6,14 @@
   path's MTU is ignored, since QUIC finds it out by itself (RFC 9000 section 14.3).
 * Bound to a wildcard, a datagram's destination is kept (IP_PKTINFO) and answers leave from it: a machine with several
   addresses would otherwise answer from one that the peer never heard of.
+* ICMP errors are kept with the datagram they are about (IP_RECVERR), so that dialling a port where nobody listens ends
+  at once.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import struct
 import sys
@@ -32,6 +35,10 @@ _IP_MTU_DISCOVER, _IP_PMTUDISC_PROBE = 10, 3
 _IPV6_MTU_DISCOVER, _IPV6_PMTUDISC_PROBE = 23, 3
 _IP_PKTINFO = 8
 _IPV6_RECVPKTINFO, _IPV6_PKTINFO = 49, 50
+_IP_RECVERR, _IPV6_RECVERR, _MSG_ERRQUEUE = 11, 25, 0x2000
+_EXTENDED_ERROR = struct.Struct("=IBBBx")
+"""The beginning of sock_extended_err (linux/errqueue.h): errno, origin, ICMP type, ICMP code."""
+_FROM_ICMP = (2, 3)
 _SOL_UDP, _UDP_SEGMENT, _UDP_GRO = 17, 103, 104
 
 _BUFFER_BYTES = 4 * 1024 * 1024
@@ -41,6 +48,9 @@ _MAX_BATCH_BYTES = 65_000
 _MAX_BATCH_DATAGRAMS = 64
 """UDP_MAX_SEGMENTS of Linux before 6.2; later ones take 128."""
 _ANCILLARY_BYTES = 128
+_QUOTED_BYTES = 256
+"""Of a datagram that an ICMP error is about: enough for the header of QUIC."""
+_ERRORS_AT_ONCE = 64
 
 
 class UdpSocket:
@@ -88,8 +98,8 @@ class UdpSocket:
             count, ancillary, _, addr = self._socket.recvmsg_into([self._buffer], _ANCILLARY_BYTES)
         except BlockingIOError:
             return None
-        except (ConnectionError, InterruptedError):
-            return [], self.address, None  # an ICMP error of an earlier datagram: QUIC has its own timers
+        except OSError:
+            return [], self.address, None  # an ICMP error of an earlier datagram: `receive_errors` has the details
         segment = count
         source = None
         for level, kind, data in ancillary:
@@ -103,9 +113,28 @@ class UdpSocket:
             return [bytes(self._view[:count])], addr, source
         return [bytes(self._view[at : min(at + segment, count)]) for at in range(0, count, segment)], addr, source
 
+    def receive_errors(self) -> list[tuple[bytes, Address, OSError]]:
+        """ICMP errors since the last time: the beginning of the datagram, where it went, and what was said."""
+        errors: list[tuple[bytes, Address, OSError]] = []
+        if not _LINUX:
+            return errors
+        for _ in range(_ERRORS_AT_ONCE):
+            try:
+                quoted, ancillary, _, addr = self._socket.recvmsg(_QUOTED_BYTES, 512, _MSG_ERRQUEUE)
+            except OSError:
+                break
+            for level, kind, data in ancillary:
+                ours = (level, kind) in ((socket.IPPROTO_IP, _IP_RECVERR), (socket.IPPROTO_IPV6, _IPV6_RECVERR))
+                if ours and len(data) >= _EXTENDED_ERROR.size:
+                    number, origin, _, _ = _EXTENDED_ERROR.unpack_from(data)
+                    if origin in _FROM_ICMP:
+                        errors.append((quoted, addr, OSError(number, os.strerror(number))))
+        return errors
+
     def send(self, datagrams: Datagrams, source: bytes | None, failed: SendFailed) -> Datagrams:
         """Send in order, in as few calls as possible. Returns what did not fit into the socket's buffer."""
         done = 0
+        retried = False
         while done < len(datagrams):
             count = self._run_length(datagrams, done) if self._gso else 1
             try:
@@ -113,6 +142,9 @@ class UdpSocket:
             except BlockingIOError:
                 return datagrams[done:]
             except OSError as error:
+                if error.errno != errno.EMSGSIZE and not retried:
+                    retried = True  # perhaps it was about an earlier datagram, to somebody else
+                    continue
                 if count > 1 and error.errno != errno.EMSGSIZE:
                     self._gso = False  # the interface cannot: go on without
                 elif count > 1:
@@ -124,6 +156,7 @@ class UdpSocket:
                     done += 1
                 continue
             done += count
+            retried = False
         return ()
 
     def _send_run(self, run: Datagrams, source: bytes | None) -> None:
@@ -160,8 +193,10 @@ class UdpSocket:
     def _set_linux_options(self) -> None:
         sock, ipv6 = self._socket, self.family == socket.AF_INET6
         if ipv6:
+            sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVERR, 1)
             sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_MTU_DISCOVER, _IPV6_PMTUDISC_PROBE)
         else:
+            sock.setsockopt(socket.IPPROTO_IP, _IP_RECVERR, 1)
             sock.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_PROBE)
         if sock.getsockname()[0] in ("0.0.0.0", "::"):
             if ipv6:

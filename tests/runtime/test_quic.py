@@ -6,6 +6,7 @@ import datetime
 import os
 import random
 import socket
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -192,6 +193,35 @@ def test_nobody_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
                 await pair.client.dial(Multiaddr.parse("/dns4/does-not-exist.invalid/udp/1/quic-v1"), None)
             with pytest.raises(DialError):
                 await pair.client.dial(Multiaddr.parse("/ip4/127.0.0.1/tcp/1"), None)
+
+    run(main)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which datagram an ICMP error is about")
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_refused_by_icmp(run: Run, host: str) -> None:
+    async def main() -> None:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family, socket.SOCK_DGRAM) as sock:
+            sock.bind((host, 0))
+            port = sock.getsockname()[1]
+        addr = Multiaddr.parse(f"/ip{6 if ':' in host else 4}/{host}/udp/{port}/quic-v1")
+        async with open_pair() as pair:
+            with trio.fail_after(2), pytest.raises(DialError, match="nobody listens there"):
+                await pair.client.dial(addr, None)
+            for endpoint in pair.client.endpoints:
+                await until(lambda endpoint=endpoint: not endpoint.links)
+            punching = pair.client.endpoint_for((host, port)).connect((host, port), None)
+            with trio.move_on_after(0.5):
+                await punching.settled.wait()
+            assert not punching.settled.is_set(), "holes being punched are refused at first"
+            punching.abort()
+            stranger = pair.client.endpoint_for((host, port)).connect((host, port), None, refusable=True)
+            stranger._endpoint._by_id.clear()  # an error that quotes no id of ours
+            with trio.move_on_after(0.3):
+                await stranger.settled.wait()
+            assert not stranger.settled.is_set()
+            stranger.abort()
 
     run(main)
 
