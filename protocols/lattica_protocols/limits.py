@@ -376,3 +376,58 @@ LOCAL_MAX_SERVICES = 1024
 LOCAL_MAX_METHODS = 1024
 LOCAL_MAX_SERVICE_NAME = 128
 """What one worker registers. A method name with its service has 255 bytes."""
+
+# -- relay (/libp2p/circuit/relay/0.2.0) --------------------------------------------------------------------------
+RELAY_MAX_MESSAGE_BYTES = 4096
+"""One hop or stop message: as go-libp2p and rust-libp2p. A reservation with ten addresses has under 1 KiB."""
+
+RELAY_MAX_ADDRS = 32
+"""Addresses read from one message; the relay's own, of which two or three are enough."""
+
+RELAY_MAX_ADVERTISED_ADDRS = 4
+"""Addresses of one relay that we pass on as ours: one per family and transport."""
+
+RELAY_MAX_RESERVATIONS = 1024
+"""Reservations a relay holds in all; each is a connection, so `MAX_CONNECTIONS` is reached about then. About 1 kB."""
+
+RELAY_MAX_RESERVATIONS_PER_RANGE = 64
+"""Of these from one IPv4 /24 or IPv6 /48 (loopback aside): a lab behind one NAT fits, one operator cannot take all
+places. go-libp2p allows 8 an address and 32 an autonomous system."""
+
+RELAY_RESERVATION_SECONDS = 3600.0
+"""Life of a reservation, as go-libp2p and rust-libp2p. It is renewed before, and ends with the connection."""
+
+RELAY_MAX_CIRCUITS = 512
+"""Circuits through a relay at once. An open one that rests costs about 10 kB, see `RELAY_MAX_HELD` for busy ones."""
+
+RELAY_MAX_CIRCUITS_PER_SOURCE = 16
+"""Circuits that one peer has opened: go-libp2p's bound. A peer needs one per partner that it cannot reach."""
+
+RELAY_MAX_CIRCUITS_PER_TARGET = 128
+"""Circuits to one peer: a worker with many clients. The inbound streams of its connection end at 512."""
+
+RELAY_MAX_CIRCUITS_PER_RANGE = 128
+"""Circuits opened from one IPv4 /24 or IPv6 /48 (loopback aside)."""
+
+RELAY_REQUESTS_PER_SECOND = 5.0
+RELAY_REQUEST_BURST = 64
+"""Hop requests of one peer: each CONNECT makes the relay open a stream to somebody else."""
+
+RELAY_WINDOW_BYTES = 256 * 1024
+"""Window of a spliced stream while many circuits are open. It is yamux's first window, so it cannot be smaller."""
+
+RELAY_MAX_WINDOW_BYTES = 4 * 1024 * 1024
+"""Window of a spliced stream while few are: 40 MB/s over 100 ms."""
+
+RELAY_MAX_HELD = 64 * 1024 * 1024
+"""Bytes that all circuits together have taken from one side and not yet given to the other. Windows are cut so that
+they fit; over it (QUIC's windows cannot be cut) the circuit that holds the most is reset."""
+
+RELAY_MAX_UNFINISHED_CIRCUITS = 64
+"""Circuits to us whose handshake is not done. Each costs a task and one Noise handshake."""
+
+RELAY_SETUP_SECONDS = 15.0
+"""For the target to answer the relay's CONNECT; within the dialler's own 15 s for a whole dial."""
+
+RELAY_MAX_CANDIDATES = 64
+"""Possible relays remembered; we need two."""

@@ -1,0 +1,189 @@
+"""How a peer that others cannot reach keeps reservations at relays: which to ask, when to renew, whom to take instead.
+
+    keeper.offer(peer, rank)        a possible relay; the lowest rank is asked first
+    keeper.withdraw(peer)           it is none any more
+    keeper.set_wanted(n, now)       so many reservations at a time; 0: none is needed
+    keeper.granted / refused / lost / search_over
+    next_event(): Reserve(peer), Release(peer), Search()
+
+       offer            Reserve              granted
+    -----------> idle ----------> asking -------------> held --+ Reserve at 3/4 of its life, then granted again
+                  ^                  |  refused, lost     |    |
+                  +------------------+--------------------+<---+
+                    not asked again before a pause that doubles from 5 s to 10 min
+
+The first reservation wanted and not got starts a search for more relays at once, then at most each minute.
+"""
+
+from __future__ import annotations
+
+import enum
+import random
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple, TypeAlias
+
+from lattica_protocols.limits import RELAY_MAX_CANDIDATES
+from lattica_protocols.peer_id import PeerId
+
+WANTED_RESERVATIONS: Final = 2
+"""One may vanish. More cost idle traffic, and every address we advertise is dialled by somebody."""
+RENEW_AT: Final = 0.75
+"""Part of a reservation's life after which it is renewed: time for several attempts is left."""
+_FIRST_PAUSE: Final = 5.0
+_LONGEST_PAUSE: Final = 600.0
+_SEARCH_PAUSE: Final = 60.0
+_SHORTEST_LIFE: Final = 60.0
+"""Seconds. A relay that grants less, or a time in the past (its clock is wrong), is taken to mean this."""
+_LONGEST_LIFE: Final = 24 * 3600.0
+
+
+class Reserve(NamedTuple):
+    """Ask this relay, for the first time or again; answer with `granted` or `refused`."""
+
+    peer: PeerId
+
+
+class Release(NamedTuple):
+    """The reservation is not needed any more."""
+
+    peer: PeerId
+
+
+class Search(NamedTuple):
+    """Look for more relays, `offer` them, and say `search_over`."""
+
+
+KeeperEvent: TypeAlias = Reserve | Release | Search
+
+
+class _State(enum.Enum):
+    IDLE = "may be asked"
+    ASKING = "was asked"
+    HELD = "there is a reservation"
+    RENEWING = "there is a reservation, and it was asked again"
+
+
+@dataclass(slots=True)
+class _Candidate:
+    rank: float
+    state: _State = _State.IDLE
+    not_before: float = 0.0
+    failures: int = 0
+    renew_at: float = 0.0
+    expires: float = 0.0
+
+
+@dataclass(slots=True)
+class ReservationKeeper:
+    """One node's reservations. `rng` spreads renewals and retries."""
+
+    rng: random.Random
+    wanted: int = 0
+    _candidates: dict[PeerId, _Candidate] = field(default_factory=dict)
+    _events: deque[KeeperEvent] = field(default_factory=deque)
+    _searching: bool = False
+    _search_not_before: float = 0.0
+
+    # -- what is known ------------------------------------------------------------------------------------
+    def held(self) -> list[PeerId]:
+        """Relays at which we have a reservation."""
+        return [p for p, c in self._candidates.items() if c.state in (_State.HELD, _State.RENEWING)]
+
+    def next_event(self) -> KeeperEvent | None:
+        return self._events.popleft() if self._events else None
+
+    def next_timeout(self) -> float | None:
+        """`None` when only an event from outside can change anything."""
+        if not self.wanted:
+            return None
+        times = [c.renew_at for c in self._candidates.values() if c.state is _State.HELD]
+        times += [c.expires for c in self._candidates.values() if c.state in (_State.HELD, _State.RENEWING)]
+        if self._missing() > 0:
+            times += [c.not_before for c in self._candidates.values() if c.state is _State.IDLE]
+            if not self._searching:
+                times.append(self._search_not_before)
+        return min(times, default=None)
+
+    # -- what happens -------------------------------------------------------------------------------------
+    def set_wanted(self, wanted: int, now: float) -> None:
+        """How many reservations to keep. Too many are released, the last in rank first."""
+        self.wanted = wanted
+        held = sorted(self.held(), key=lambda peer: self._candidates[peer].rank)
+        for peer in held[wanted:]:
+            self._candidates[peer].state = _State.IDLE
+            self._events.append(Release(peer))
+        self.handle_timer(now)
+
+    def offer(self, peer: PeerId, rank: float, now: float) -> None:
+        """`peer` relays, as far as we know. Of too many the last in rank that is not in use is forgotten."""
+        known = self._candidates.get(peer)
+        if known is not None:
+            known.rank = rank
+        else:
+            self._candidates[peer] = _Candidate(rank)
+            if len(self._candidates) > RELAY_MAX_CANDIDATES:
+                idle = [p for p, c in self._candidates.items() if c.state is _State.IDLE]
+                del self._candidates[max(idle, key=lambda p: self._candidates[p].rank)]
+        self.handle_timer(now)
+
+    def withdraw(self, peer: PeerId, now: float) -> None:
+        """`peer` does not relay any more, or cannot be found any more."""
+        if self._candidates.pop(peer, None) is not None:
+            self.handle_timer(now)
+
+    def granted(self, peer: PeerId, seconds: float, now: float) -> None:
+        """`peer` gave us a reservation of `seconds`."""
+        candidate = self._candidates.get(peer)
+        if candidate is None or candidate.state is _State.IDLE:
+            return
+        life = min(max(seconds, _SHORTEST_LIFE), _LONGEST_LIFE)
+        candidate.state, candidate.failures = _State.HELD, 0
+        candidate.expires = now + life
+        candidate.renew_at = now + life * RENEW_AT * self.rng.uniform(0.9, 1.0)
+        self.handle_timer(now)
+
+    def refused(self, peer: PeerId, now: float) -> None:
+        """`peer` said no, or did not answer. Also a renewal: then another relay is taken at once."""
+        self._failed(peer, now)
+
+    def lost(self, peer: PeerId, now: float) -> None:
+        """The connection is gone, and the reservation with it. Being asked for it does not count as lost."""
+        candidate = self._candidates.get(peer)
+        if candidate is not None and candidate.state in (_State.HELD, _State.RENEWING):
+            self._failed(peer, now)
+
+    def search_over(self, now: float) -> None:
+        self._searching = False
+        self._search_not_before = now + _SEARCH_PAUSE * self.rng.uniform(0.75, 1.25)
+        self.handle_timer(now)
+
+    def handle_timer(self, now: float) -> None:
+        """Ask, renew and search as far as it is due."""
+        for peer, candidate in list(self._candidates.items()):
+            if candidate.state in (_State.HELD, _State.RENEWING) and candidate.expires <= now:
+                self._candidates[peer].state = _State.IDLE
+            elif candidate.state is _State.HELD and candidate.renew_at <= now:
+                candidate.state = _State.RENEWING
+                self._events.append(Reserve(peer))
+        ready = [p for p, c in self._candidates.items() if c.state is _State.IDLE and c.not_before <= now]
+        ready.sort(key=lambda p: self._candidates[p].rank)
+        for peer in ready[: max(0, self._missing())]:
+            self._candidates[peer].state = _State.ASKING
+            self._events.append(Reserve(peer))
+        if self._missing() > 0 and not self._searching and self._search_not_before <= now:
+            self._searching = True
+            self._events.append(Search())
+
+    def _missing(self) -> int:
+        return self.wanted - sum(c.state is not _State.IDLE for c in self._candidates.values())
+
+    def _failed(self, peer: PeerId, now: float) -> None:
+        candidate = self._candidates.get(peer)
+        if candidate is None:
+            return
+        pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(candidate.failures, 10))
+        candidate.failures += 1
+        candidate.not_before = now + pause * self.rng.uniform(0.75, 1.25)
+        candidate.state = _State.IDLE
+        self.handle_timer(now)
