@@ -253,6 +253,16 @@ class Host:
             await self._find_more(peer, ())
         return await self._connect_known(peer)
 
+    async def dial(self, peer: PeerId, addrs: Sequence[Multiaddr]) -> Connection:
+        """A new connection with `peer` over one of `addrs`, also when others are up: to a relay, or to leave one.
+
+        Errors: `NoAddresses`, `WrongPeer`, `ConnectError`.
+        """
+        reason = self.gate(peer)
+        if reason is not None:
+            raise ConnectError(reason)
+        return await self._dial(peer, addrs)
+
     async def _find_more(self, peer: PeerId, known: Collection[Multiaddr]) -> bool:
         """Ask others where `peer` is; whether that told anything new. The search itself may connect with it."""
         if self.find_addrs is None:
@@ -427,6 +437,10 @@ class Host:
         send, receive = trio.open_memory_channel[HostEvent](_EVENT_BUFFER)
         self._subscribers.append(send)
         return receive
+
+    def addrs_changed(self) -> None:
+        """Where we can be reached changed: tell the services, and connected peers by them."""
+        self._publish(SelfChanged())
 
     def publish_identified(self, peer: PeerId, info: PeerInfo) -> None:
         """Identify learnt something about `peer`."""

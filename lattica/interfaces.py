@@ -65,6 +65,10 @@ class Stream(ABC):
         """`write` by somebody who has gathered already: where it can, it leaves before this returns."""
         self.write(*buffers)
 
+    def write_through(self, data: memoryview) -> None:
+        """As `write`, for memory that changes after this call. Sent at once from where it is as far as that goes."""
+        self.write(bytes(data))
+
     @abstractmethod
     async def drain(self) -> None:
         """Wait until less than a high-water mark (256 KiB) of this stream is queued."""
@@ -105,6 +109,9 @@ class Stream(ABC):
     @abstractmethod
     def resume_sink(self) -> None:
         """Grant window again."""
+
+    def limit_window(self, size: int) -> None:  # noqa: B027  # transports without such a limit do nothing
+        """Let the peer never have much more than `size` bytes on the way. Without effect where it cannot be set."""
 
     # -- ending -------------------------------------------------------------------------------------------
     @abstractmethod

@@ -167,12 +167,18 @@ class LazyStream(Stream):
     def resume_sink(self) -> None:
         self._raw.resume_sink()
 
+    def limit_window(self, size: int) -> None:
+        self._raw.limit_window(size)
+
     # -- writing and ending -------------------------------------------------------------------------------
     def write(self, *buffers: Buffer) -> None:
         self._raw.write(*buffers)
 
     def write_now(self, *buffers: Buffer) -> None:
         self._raw.write_now(*buffers)
+
+    def write_through(self, data: memoryview) -> None:
+        self._raw.write_through(data)
 
     async def drain(self) -> None:
         await self._raw.drain()

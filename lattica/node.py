@@ -30,12 +30,17 @@ from lattica.interfaces import Transport
 from lattica.kad import KadService
 from lattica.peerstore import PERMANENT, PeerInfo
 from lattica.ping import PingService
+from lattica.relay import RelayClient, RelayServer
+from lattica.relay.client import RELAY_KEY
+from lattica.relay.need import watch_need
 from lattica.rpc import RpcService
+from lattica.transports.circuit import CircuitTransport
 from lattica.transports.quic import QuicTransport
 from lattica.transports.tcp import TcpTransport
 from lattica_protocols.keys import PrivateKey
 from lattica_protocols.multiaddr import Multiaddr
 from lattica_protocols.peer_id import PeerId
+from lattica_protocols.relay.admission import RelayLimits
 
 log = logging.getLogger("lattica.node")
 
@@ -70,6 +75,15 @@ class NodeConfig:
     """Store values of any key unvalidated, as the Rust lattica network does."""
     protocol_version: str = PROTOCOL_VERSION
     transports: Sequence[Literal["tcp", "quic"]] = ("tcp", "quic")
+    relay_serve: bool = False
+    """Carry other peers' connections. Of use only at a peer that others can reach."""
+    relay_limits: RelayLimits = field(default_factory=RelayLimits)
+    relay_bytes_per_second: float | None = None
+    """For all circuits together, both ways added; `None`: as much as there is."""
+    relay_use: Literal["auto", "always", "never"] = "auto"
+    """Hold reservations at relays, so that others reach us through them; auto: when nobody reaches us otherwise."""
+    relays: Sequence[str] = ()
+    """Relays to ask first, each with `/p2p/PEER_ID`; others are found through connected peers and the DHT."""
     settings: dict[str, object] = field(default_factory=dict)
 
 
@@ -90,6 +104,17 @@ class Node:
             accept_any=config.kad_accept_any,
         )
         host.find_addrs = self.kad.find_peer
+        self.relay_server = RelayServer(
+            host, limits=config.relay_limits, bytes_per_second=config.relay_bytes_per_second
+        )
+        self.circuits = CircuitTransport(host)
+        host.add_transport(self.circuits)
+        self.relay_client = RelayClient(
+            host,
+            self.circuits,
+            preferred=[Multiaddr.parse(text) for text in config.relays],
+            find=lambda count: self.kad.find_providers(RELAY_KEY, count),
+        )
         self.rpc = RpcService(host)
         self.blobs = BlobService(host, self.kad, store)
         self.bootstrap = [Multiaddr.parse(text) for text in config.bootstrap]
@@ -133,9 +158,19 @@ class Node:
             await trio.sleep(delay * self.host.rng.uniform(0.5, 1.5))
             delay = min(delay * 2, BOOTSTRAP_RETRY[1])
 
+    async def _serve_as_relay(self) -> None:
+        self.relay_server.start()
+        await self.kad.provide(RELAY_KEY)
+
     async def run(self) -> None:
         """The background work of all services, until cancelled."""
         async with trio.open_nursery() as nursery:
+            if self.config.relay_serve:
+                nursery.start_soon(self.relay_server.run)
+                nursery.start_soon(self._serve_as_relay)
+            if self.config.relay_use != "never":
+                nursery.start_soon(self.relay_client.run)
+                nursery.start_soon(watch_need, self.host, self.relay_client, self.config.relay_use == "always")
             nursery.start_soon(lambda: self.identify.run(unix_now=int(time.time())))
             nursery.start_soon(self.kad.run)
             nursery.start_soon(self.blobs.run)
@@ -144,14 +179,14 @@ class Node:
 
 
 def _check(config: NodeConfig) -> None:
-    for name in ("listen", "announce", "bootstrap"):
+    for name in ("listen", "announce", "bootstrap", "relays"):
         for text in getattr(config, name):
             try:
                 addr = Multiaddr.parse(text)
             except ValueError as error:
                 raise ConfigError(f"{name}: {error}") from None
-            if name == "bootstrap" and addr.peer_id() is None:
-                raise ConfigError(f"bootstrap: {text} does not end in /p2p/PEER_ID; `lattica id` there prints it")
+            if name in ("bootstrap", "relays") and addr.peer_id() is None:
+                raise ConfigError(f"{name}: {text} does not end in /p2p/PEER_ID; `lattica id` there prints it")
 
 
 def _transports(config: NodeConfig, host: Host) -> list[Transport]:

@@ -9,14 +9,16 @@ from __future__ import annotations
 import contextlib
 import socket
 from abc import ABC, abstractmethod
+from collections import deque
 from typing import Final
 
 import trio
 
+from lattica.errors import ConnectionLost, LatticaError
 from lattica.interfaces import Stream
 
 _CIRCUIT_HIGH_WATER: Final = 256 * 1024
-"""Bytes we let a circuit's outer stream queue before we wait."""
+"""Bytes of a circuit that wait at either side: to be sent, and to be decrypted."""
 
 
 class Channel(ABC):
@@ -81,38 +83,100 @@ class SocketChannel(Channel):
 
 
 class StreamChannel(Channel):
-    """A stream used as a channel. Owns it."""
+    """A stream used as a channel: a circuit. Owns it, and is its sink.
 
-    __slots__ = ("_ended", "_received", "_stream")
+    `nursery`: where the stream is ended in order, so that what was queued still goes out; without one it is reset.
+    """
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: Stream, nursery: trio.Nursery | None = None) -> None:
         self._stream = stream
-        self._received = memoryview(b"")
+        self._nursery = nursery
+        self._received: deque[memoryview] = deque()
+        self._size = 0
+        self._paused = False
         self._ended = False
+        self._closed = False
+        self._error: Exception | None = None
+        self._waiter: trio.lowlevel.Task | None = None
+        stream.set_sink(self)
 
+    # -- the stream's sink -----------------------------------------------------------------------------------
+    def data_received(self, data: memoryview) -> None:
+        self._received.append(memoryview(bytes(data)))
+        self._size += len(data)
+        if self._size >= _CIRCUIT_HIGH_WATER and not self._paused:
+            self._paused = True
+            self._stream.pause_sink()
+        self._wake()
+
+    def eof_received(self) -> None:
+        self._ended = True
+        self._wake()
+
+    def stream_closed(self, error: Exception | None) -> None:
+        self._ended = True
+        self._error = error
+        self._wake()
+
+    def _wake(self) -> None:
+        task, self._waiter = self._waiter, None
+        if task is not None:
+            trio.lowlevel.reschedule(task)
+
+    # -- the channel -----------------------------------------------------------------------------------------
     def receive_now(self, buffer: memoryview) -> int | None:
-        size = min(len(buffer), len(self._received))
-        if size == 0:
-            return 0 if self._ended else None
-        buffer[:size] = self._received[:size]
-        self._received = self._received[size:]
-        return size
+        filled, room = 0, len(buffer)
+        while self._received and filled < room:
+            head = self._received[0]
+            size = min(len(head), room - filled)
+            buffer[filled : filled + size] = head[:size]
+            filled += size
+            if size < len(head):
+                self._received[0] = head[size:]
+            else:
+                self._received.popleft()
+        self._size -= filled
+        if self._paused and self._size < _CIRCUIT_HIGH_WATER // 2:
+            self._paused = False
+            self._stream.resume_sink()
+        if filled or not room:
+            return filled
+        if self._error is not None:
+            raise ConnectionLost(str(self._error))
+        return 0 if self._ended else None
 
     async def wait_receivable(self) -> None:
-        if not self._received and not self._ended:
-            self._received = memoryview(await self._stream.receive_some(65536))
-            self._ended = not self._received
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if self._received or self._ended or self._closed:
+            return
+        self._waiter = trio.lowlevel.current_task()
+        await trio.lowlevel.wait_task_rescheduled(self._stop_waiting)
+
+    def _stop_waiting(self, _: object) -> trio.lowlevel.Abort:
+        self._waiter = None
+        return trio.lowlevel.Abort.SUCCEEDED
 
     def send_now(self, data: memoryview) -> int:
         room = _CIRCUIT_HIGH_WATER - self._stream.queued_bytes()
         if room <= 0:
             return 0
-        taken = bytes(data[:room])
-        self._stream.write(taken)
+        taken = data[:room]
+        self._stream.write_through(taken)
         return len(taken)
 
     async def wait_sendable(self) -> None:
         await self._stream.drain()
 
     def close(self) -> None:
-        self._stream.reset()
+        if self._closed:
+            return
+        self._closed = True
+        if self._nursery is None or self._error is not None:
+            self._stream.reset()
+        else:
+            self._nursery.start_soon(self._finish)
+        self._wake()
+
+    async def _finish(self) -> None:
+        with contextlib.suppress(LatticaError):  # it ended by itself meanwhile
+            await self._stream.aclose()

@@ -58,6 +58,13 @@ class MuxedStream(Stream):
         self._session.write(self.state, *buffers)
         self._connection.send_now()
 
+    def write_through(self, data: memoryview) -> None:
+        if self._error is not None or self.state.fin_due:
+            self._refuse_write()
+        self._session.write(self.state, data)
+        self._connection.send_now()
+        self.state.own_last()
+
     def _refuse_write(self) -> None:
         if self._error is not None:
             raise _again(self._error)
@@ -186,6 +193,9 @@ class MuxedStream(Stream):
     def resume_sink(self) -> None:
         self._session.set_granting(self.state, True, self._connection.now())
         self._connection.wake_writer()
+
+    def limit_window(self, size: int) -> None:
+        self._session.limit_window(self.state, size)
 
     def _call_sink(self, data: memoryview) -> None:
         assert self._sink is not None

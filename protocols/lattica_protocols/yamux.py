@@ -247,6 +247,14 @@ class YamuxSession:
         if granting and not stream.fin_received and not stream.is_reset:
             self._grant(stream, now)
 
+    def limit_window(self, stream: YamuxStream, size: int) -> None:
+        """Let the stream's window not grow above `size` bytes. One that is larger shrinks as the peer uses it up."""
+        stream.max_window = max(size, YAMUX_INITIAL_WINDOW)
+        surplus = stream.window - stream.max_window
+        if surplus > 0 and not stream.finished:
+            self._extra_windows -= surplus
+            stream.window = stream.max_window
+
     def ping(self, now: float) -> bool:
         """Measure the round trip. False while the last ping is still unanswered."""
         if self._ping_sent_at is not None:
@@ -349,7 +357,7 @@ class YamuxSession:
             elapsed = now - stream.granted_at
             stream.granted_at = now
             round_trip = max(self.round_trip or 0.0, _ASSUMED_ROUND_TRIP)
-            extra = min(stream.window, self._max_window - stream.window)
+            extra = min(stream.window, min(self._max_window, stream.max_window) - stream.window)
             if elapsed < 4 * round_trip and 0 < extra <= YAMUX_MAX_EXTRA_WINDOWS - self._extra_windows:
                 self._extra_windows += extra
                 stream.window += extra

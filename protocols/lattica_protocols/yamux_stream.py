@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any, Final, TypeAlias
 
-from lattica_protocols.limits import YAMUX_INITIAL_WINDOW
+from lattica_protocols.limits import YAMUX_INITIAL_WINDOW, YAMUX_MAX_WINDOW
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -45,6 +45,7 @@ class YamuxStream:
         "inbound",
         "is_reset",
         "lane",
+        "max_window",
         "pending_grant",
         "queue",
         "queued",
@@ -80,6 +81,8 @@ class YamuxStream:
         # receiving
         self.receive_window = YAMUX_INITIAL_WINDOW
         self.window = YAMUX_INITIAL_WINDOW
+        self.max_window = YAMUX_MAX_WINDOW
+        """What `window` may grow to."""
         self.unconsumed = 0
         self.pending_grant = 0
         self.granting = True
@@ -148,6 +151,11 @@ class YamuxStream:
                 self.queued -= len(buffer)
                 return True
         return False
+
+    def own_last(self) -> None:
+        """Replace what is left of the last queued buffer by a copy: the memory behind it is about to change."""
+        if self.queue and type(self.queue[-1]) is memoryview:
+            self.queue[-1] = bytes(self.queue[-1])
 
     def own_queued(self) -> None:
         """Replace references to the first queued buffer by a copy: its owner wants it back."""
