@@ -2,7 +2,9 @@
 
 Addresses are ordered (loopback and private networks before public ones, direct before relayed, TCP before QUIC
 because TCP carries bulk thirty times as fast here), the families interleaved, and started one after the other
-with a short delay; an attempt that fails starts the next one at once.
+with a short delay; an attempt that fails starts the next one at once. Relayed addresses do not wait for all direct
+ones: they start after one delay, so that a peer that cannot be reached directly answers soon; a better path is looked
+for afterwards (`lattica.punch`).
 """
 
 from __future__ import annotations
@@ -64,6 +66,9 @@ async def dial_first(addrs: Sequence[Multiaddr], dial_one: DialOne, *, delay: fl
         raise NoAddresses("no address of this peer is known that we can dial")
     winner: list[Connection] = []
     failures: list[tuple[Multiaddr, DialError]] = []
+    circuits = [addr for addr in addrs if addr.is_circuit]
+    direct = [addr for addr in addrs if not addr.is_circuit]
+    direct_failed = trio.Event()
 
     async def attempt(addr: Multiaddr, failed: trio.Event) -> None:
         try:
@@ -71,6 +76,8 @@ async def dial_first(addrs: Sequence[Multiaddr], dial_one: DialOne, *, delay: fl
         except DialError as error:
             failures.append((addr, error))
             failed.set()
+            if len(failures) >= len(direct):
+                direct_failed.set()
             return
         if winner:
             connection.abort()
@@ -78,12 +85,19 @@ async def dial_first(addrs: Sequence[Multiaddr], dial_one: DialOne, *, delay: fl
         winner.append(connection)
         nursery.cancel_scope.cancel()
 
-    async with trio.open_nursery() as nursery:
-        for addr in addrs:
+    async def attempt_all(group: Sequence[Multiaddr]) -> None:
+        for addr in group:
             failed = trio.Event()
             nursery.start_soon(attempt, addr, failed)
             with trio.move_on_after(delay):
                 await failed.wait()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(attempt_all, direct)
+        if direct and circuits:
+            with trio.move_on_after(delay):
+                await direct_failed.wait()
+        await attempt_all(circuits)
     if winner:
         return winner[0]
     for _, error in failures:

@@ -324,6 +324,10 @@ class Host:
         self.counters["inbound_connections"] += 1
         self._register(connection)
 
+    def adopt(self, connection: Connection) -> bool:
+        """Take a connection that was made without `dial` (a punched one). False: it was refused, and closed."""
+        return self._register(connection)
+
     def _register(self, connection: Connection) -> bool:
         peer = connection.peer_id
         reason = self.gate(peer)
@@ -402,6 +406,9 @@ class Host:
     def add_transport(self, transport: Transport) -> None:
         """Dial with `transport` from now on."""
         self._transports.append(transport)
+
+    def transports(self) -> list[Transport]:
+        return list(self._transports)
 
     async def listen(self, addr: Multiaddr) -> Listener:
         """Listen on `addr`. Errors: `DialError` when it cannot be bound or no transport takes it."""

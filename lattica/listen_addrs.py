@@ -22,6 +22,18 @@ def interface_ips() -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
     return found
 
 
+def interface_networks() -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
+    """The networks that this machine's interfaces are in."""
+    found: list[ipaddress.IPv4Network | ipaddress.IPv6Network] = []
+    for adapter in ifaddr.get_adapters():
+        for ip in adapter.ips:
+            host = ip.ip if isinstance(ip.ip, str) else ip.ip[0]
+            network = ipaddress.ip_network(f"{host.partition('%')[0]}/{ip.network_prefix}", strict=False)
+            if network not in found:
+                found.append(network)
+    return found
+
+
 def expand_wildcards(addr: Multiaddr) -> list[Multiaddr]:
     """`addr` itself, or one address per interface of the same family when it is bound to 0.0.0.0 or ::."""
     from lattica_protocols.multiaddr import Multiaddr

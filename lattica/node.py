@@ -30,6 +30,7 @@ from lattica.interfaces import Transport
 from lattica.kad import KadService
 from lattica.peerstore import PERMANENT, PeerInfo
 from lattica.ping import PingService
+from lattica.punch import HolePuncher
 from lattica.relay import RelayClient, RelayServer
 from lattica.relay.client import RELAY_KEY
 from lattica.relay.need import watch_need
@@ -84,6 +85,8 @@ class NodeConfig:
     """Hold reservations at relays, so that others reach us through them; auto: when nobody reaches us otherwise."""
     relays: Sequence[str] = ()
     """Relays to ask first, each with `/p2p/PEER_ID`; others are found through connected peers and the DHT."""
+    punch: bool = True
+    """Look for direct connections with peers that are connected over a relay."""
     settings: dict[str, object] = field(default_factory=dict)
 
 
@@ -117,6 +120,12 @@ class Node:
         )
         self.rpc = RpcService(host)
         self.blobs = BlobService(host, self.kad, store)
+        self.punch = HolePuncher(
+            host,
+            self.circuits,
+            tcp=next((t for t in host.transports() if isinstance(t, TcpTransport)), None),
+            quic=next((t for t in host.transports() if isinstance(t, QuicTransport)), None),
+        )
         self.bootstrap = [Multiaddr.parse(text) for text in config.bootstrap]
 
     @property
@@ -174,6 +183,8 @@ class Node:
             nursery.start_soon(lambda: self.identify.run(unix_now=int(time.time())))
             nursery.start_soon(self.kad.run)
             nursery.start_soon(self.blobs.run)
+            if self.config.punch:
+                nursery.start_soon(self.punch.run)
             for addr in self.bootstrap:
                 nursery.start_soon(self._keep_bootstrapped, addr)
 

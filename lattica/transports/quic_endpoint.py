@@ -29,6 +29,7 @@ from lattica.transports.quic_admission import Admission, Admitted, Answer, desti
 from lattica.transports.quic_connection import QuicLink, to_multiaddr
 from lattica.transports.quic_engine import RESET_TOKEN_BYTES, Address, Credentials, Engine
 from lattica.transports.quic_socket import Datagrams, UdpSocket
+from lattica_protocols.dcutr import PROBE_FIRST_BYTE
 
 if TYPE_CHECKING:
     from lattica_protocols.peer_id import PeerId
@@ -57,6 +58,8 @@ class Endpoint:
         self.accepting = False
         self.on_other_datagram: OnOtherDatagram | None = None
         """Gets each datagram that is not QUIC (STUN), with the sender's address. Must not raise."""
+        self.on_probe: OnOtherDatagram | None = None
+        """The same for hole punching's datagrams."""
         self.closed = False
         self._credentials = credentials
         self._admission = admission
@@ -111,6 +114,11 @@ class Endpoint:
         """Send something that is not QUIC: STUN, or noise that opens a NAT. Lost silently like any datagram."""
         if not self.closed:
             self.socket.send([(data, addr)], None, _ignore)
+
+    def send_short_lived(self, data: bytes, addr: Address, hops: int) -> None:
+        """Send something that dies after `hops` hops: it opens our own NAT and reaches no other box."""
+        if not self.closed:
+            self.socket.send_short_lived(data, addr, hops)
 
     def wall_clock(self) -> float:
         """Unix time, for the dates of certificates."""
@@ -191,6 +199,8 @@ class Endpoint:
         if not data[0] & _FIXED_BIT:
             if data[0] <= _MAX_STUN_FIRST_BYTE and self.on_other_datagram is not None:
                 self.on_other_datagram(data, addr)
+            elif data[0] == PROBE_FIRST_BYTE and self.on_probe is not None:
+                self.on_probe(data, addr)
             return None
         to = destination_id(data)
         if to is None:

@@ -159,6 +159,17 @@ class UdpSocket:
             retried = False
         return ()
 
+    def send_short_lived(self, data: bytes, addr: Address, hops: int) -> None:
+        """One datagram with a hop limit of `hops`. Errors are those of any datagram that gets lost."""
+        if self.family == socket.AF_INET6:
+            option = socket.IPPROTO_IPV6, socket.IPV6_HOPLIMIT, struct.pack("=i", hops)
+        else:
+            option = socket.IPPROTO_IP, socket.IP_TTL, struct.pack("=i", hops)
+        try:
+            self._socket.sendmsg([data], [option], 0, addr)
+        except OSError:
+            return  # also where the system knows no such option for single datagrams
+
     def _send_run(self, run: Datagrams, source: bytes | None) -> None:
         data, addr = run[0]
         ancillary: list[tuple[int, int, bytes]] = []

@@ -37,6 +37,9 @@ CONNECT_TIMEOUT: Final = 10.0
 """Seconds for name resolution and the TCP handshake: three lost SYNs."""
 NOTSENT_LOWAT: Final = 128 * 1024
 BACKLOG: Final = 256
+PUNCH_SILENCE: Final = 0.15
+"""Seconds without a byte after which an accepted connection of a punching partner is taken for the punched one. Who
+dials in order sends its first bytes with the end of the TCP handshake, so this is all jitter."""
 ACCEPT_PAUSE: Final = 0.1
 """Seconds without accepting when the process is out of file descriptors."""
 
@@ -64,6 +67,10 @@ class TcpTransport(Transport):
     ) -> None:
         self.upgrader = upgrader or Upgrader(key, entropy, keep_alive=keep_alive)
         """Also upgrades relayed circuits."""
+        self.source_port: Callable[[PeerId | None, Multiaddr], int | None] = lambda peer, addr: None
+        """The local port to dial a peer from: one we listen on, so that it sees the NAT's mapping of that."""
+        self.punching: Counter[str] = Counter()
+        """IP addresses of partners with which a hole is being punched, in which we take the dialler's part."""
         self._nursery = nursery
         self._unfinished: Counter[str] = Counter()
 
@@ -87,7 +94,13 @@ class TcpTransport(Transport):
         on), and `initiator=False` takes the listener's part in the handshake."""
         expected = expected or addr.peer_id()
         try:
-            sock = await self._connect(addr, bind_port)
+            preferred = None if bind_port is not None else self.source_port(expected, addr)
+            try:
+                sock = await self._connect(addr, bind_port or preferred)
+            except DialError:
+                if preferred is None:
+                    raise
+                sock = await self._connect(addr, None)  # that port has a connection with this peer already
             connection = await self.upgrader.upgrade(
                 SocketChannel(sock),
                 ConnectionFacts(_local_addr(sock), _remote_addr(sock), "outbound", "tcp"),
@@ -155,7 +168,8 @@ class TcpTransport(Transport):
         try:
             _prepare(sock)
             facts = ConnectionFacts(_local_addr(sock), _remote_addr(sock), "inbound", "tcp")
-            connection = await self.upgrader.upgrade(SocketChannel(sock), facts, None, initiator=False)
+            initiator = self.punching[ip] > 0 and not await _speaks_first(sock)
+            connection = await self.upgrader.upgrade(SocketChannel(sock), facts, None, initiator=initiator)
         except (OSError, LatticaError) as error:
             logger.debug("inbound from %s: %s", ip, error)
             return
@@ -252,6 +266,14 @@ async def _connect_one(family: int, sockaddr: tuple[str, int], bind_port: int | 
         sock.close()
         raise
     return sock
+
+
+async def _speaks_first(sock: socket.socket) -> bool:
+    """Whether the dialler begins the handshake. If not, it punches a hole and waits for us to begin."""
+    with trio.move_on_after(PUNCH_SILENCE):
+        await trio.lowlevel.wait_readable(sock)
+        return True
+    return False
 
 
 def _prepare(sock: socket.socket) -> None:

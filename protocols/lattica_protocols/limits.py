@@ -431,3 +431,42 @@ RELAY_SETUP_SECONDS = 15.0
 
 RELAY_MAX_CANDIDATES = 64
 """Possible relays remembered; we need two."""
+
+# -- hole punching (/libp2p/dcutr) --------------------------------------------------------------------------------
+DCUTR_MAX_MESSAGE_BYTES = 4096
+"""As go-libp2p and rust-libp2p."""
+
+DCUTR_MAX_ADDRS = 64
+"""Addresses read from one message; few of them are tried."""
+
+PUNCH_MAX_TARGETS = 6
+"""Addresses tried in one attempt, at IP addresses that the partner is known to have: two families, UDP and TCP, and a
+mapped port."""
+
+PUNCH_MAX_UNPROVEN = 2
+"""Addresses tried at IP addresses that the partner merely names: it may have one more, but it must not make us send to
+whomever it wants."""
+
+PUNCH_PROBES = 24
+"""Datagrams of 64 bytes to one address in one attempt: five seconds at the pace of go-libp2p."""
+
+PUNCH_PROBES_UNPROVEN = 4
+"""The same to an address that is not proven: 256 bytes, about as much as the messages that ask for it."""
+
+PUNCH_TCP_TRIES = 12
+PUNCH_TCP_TRIES_UNPROVEN = 1
+"""Connection attempts to one address in one attempt; a box that answers with RST makes each end at once."""
+
+PUNCH_PER_IP_BURST = 120
+PUNCH_PER_IP_PER_SECOND = 8.0
+"""Datagrams and connection attempts towards one IP address, whoever asked for them. Many partners together cannot make
+us flood somebody; 8 a second are what a browser opens for one page."""
+
+PUNCH_TRACKED_IPS = 1024
+"""IP addresses in that account; with more than that at a time nothing is punched for the rest."""
+
+PUNCH_ATTEMPTS = 3
+"""As DCUtR says. 97 % of those that succeed do so at the first."""
+
+PUNCH_ANSWERS_PER_MINUTE = 8
+"""Attempts that one partner may start: two rounds of three, and two to spare."""

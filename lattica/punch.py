@@ -1,0 +1,443 @@
+"""From a relayed connection to a direct one: connection reversal, and hole punching over UDP and TCP at once (DCUtR).
+
+A relayed connection comes up. Both sides then dial what they know of the other; one of them may be public, and the
+first dial was beaten by the relay. At the same time B, who accepted it, synchronises a punch (`dcutr.py`), up to three
+times. Whatever connection comes up joins the session; new streams take it, RPC moves over (`rpc/service.py`), and the
+relayed connection is closed when nothing runs on it any more.
+
+What each side does at the moment of a punch, towards the addresses that `choose_targets` allows:
+
+    A   dials QUIC, and TCP from the port it listens on; where the partner is not proven to be, it sends probes and
+        waits for one of the partner's
+    B   sends probes from the socket it listens on, and dials TCP from the port it listens on, as the server of the
+        handshake that follows
+
+A probe of the partner that comes from an address which nobody named is answered with a dial (peer-reflexive). Before
+that, when the partner's addresses are known but it is not time yet, each side sends a datagram that dies behind its own
+NAT: if the partner's is early, it finds the mapping made instead of being taken for a stranger ("poisoned" boxes, whose
+own input chain accepts strays, otherwise give our flow another port).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from lattica.errors import ConnectError, LatticaError
+from lattica.host import PeerConnected
+from lattica.listen_addrs import interface_networks
+from lattica.negotiate import LazyStream
+from lattica_protocols import dcutr
+from lattica_protocols.dcutr import PROTOCOL_ID, PunchBudget, PunchExchange, Target, choose_targets
+from lattica_protocols.errors import ProtocolError
+from lattica_protocols.limits import DCUTR_MAX_MESSAGE_BYTES, PUNCH_ANSWERS_PER_MINUTE, PUNCH_ATTEMPTS
+
+if TYPE_CHECKING:
+    from lattica.host import Host
+    from lattica.interfaces import Connection, Stream
+    from lattica.transports.circuit import CircuitTransport
+    from lattica.transports.quic import QuicTransport
+    from lattica.transports.quic_engine import Address
+    from lattica.transports.tcp import TcpTransport
+    from lattica_protocols.multiaddr import Multiaddr
+    from lattica_protocols.peer_id import PeerId
+
+log = logging.getLogger("lattica.punch")
+
+EXCHANGE_SECONDS: Final = 10.0
+"""For the messages of one attempt: three times across a relay that is slow."""
+PUNCH_SECONDS: Final = 4.0
+"""How long one attempt tries. TCP sends its second SYN after one second, its third after three."""
+SECOND_PATH_SECONDS: Final = 1.0
+"""After the first success the rest goes on for so long: TCP for bulk beside QUIC is worth a second."""
+TCP_PAUSE: Final = 0.1
+"""After a refusal. The partner's box answered before the partner was ready."""
+OPENING_HOPS: Final = 2
+"""Hop limit of the opening datagram: it passes our own box and dies at the next router. Behind two NATs of our own it
+opens the first only."""
+RETRY_SECONDS: Final = (60.0, 900.0)
+"""Until the next round while the relayed connection stays: doubling from the first to the second."""
+RELAYED_LINGER: Final = 10.0
+"""Seconds after which an unused relayed connection is closed when a direct one is up."""
+MAX_CANDIDATES: Final = 16
+"""Addresses of ours that we name; a partner of ours tries six."""
+MAX_REPORTS: Final = 256
+
+
+@dataclass
+class PunchReport:
+    """What was tried with one peer, and how it ended: `doctor` tells it."""
+
+    peer: PeerId
+    started: float
+    attempts: int = 0
+    tried: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+    result: str = ""
+    """The path of the direct connection, empty while there is none."""
+    seconds: float | None = None
+    """From the relayed connection to the direct one."""
+
+
+class HolePuncher:
+    """Looks for direct connections to peers that are connected over a relay. `run` does the work."""
+
+    def __init__(
+        self,
+        host: Host,
+        circuits: CircuitTransport,
+        *,
+        tcp: TcpTransport | None = None,
+        quic: QuicTransport | None = None,
+        opening_hops: int = OPENING_HOPS,
+    ) -> None:
+        self.reports: OrderedDict[PeerId, PunchReport] = OrderedDict()
+        self.more_candidates: Callable[[], Sequence[Multiaddr]] = lambda: ()
+        """Further addresses of ours, most promising first: mapped ports, and what STUN servers see."""
+        self._host = host
+        self._circuits = circuits
+        self._tcp = tcp
+        self._quic = quic
+        self._opening_hops = opening_hops
+        self._rng = random.Random(host.rng.getrandbits(64))
+        self._budget = PunchBudget()
+        self._direct: dict[PeerId, trio.Event] = {}
+        self._upgrading: set[PeerId] = set()
+        self._answering: set[PeerId] = set()
+        self._answered: OrderedDict[PeerId, list[float]] = OrderedDict()
+        self._expected: dict[bytes, Callable[[Address], None]] = {}
+        if tcp is not None:
+            tcp.source_port = self._source_port
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        self._host.handle(PROTOCOL_ID, self._answer)
+        async with trio.open_nursery() as nursery:
+            events = self._host.subscribe()
+            for connection in self._host.connections():
+                self._consider(connection, nursery)
+            async for event in events:
+                if isinstance(event, PeerConnected):
+                    self._consider(event.connection, nursery)
+
+    def _consider(self, connection: Connection, nursery: trio.Nursery) -> None:
+        """A connection is up."""
+        peer = connection.peer_id
+        if connection.path != "relay":
+            self._direct.pop(peer, trio.Event()).set()
+            nursery.start_soon(self._leave_relays, peer, connection)
+        elif peer not in self._upgrading and not self._is_direct(peer):
+            self._upgrading.add(peer)
+            nursery.start_soon(self._upgrade, connection)
+
+    # -- one relayed connection ---------------------------------------------------------------------------
+    async def _upgrade(self, relayed: Connection) -> None:
+        """Rounds of attempts until there is a direct connection, or the relayed one is gone."""
+        peer = relayed.peer_id
+        pause = RETRY_SECONDS[0]
+        report = self._report(peer)
+        try:
+            while not relayed.closed.is_set():
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._dial_known, peer, report)
+                    if relayed.direction == "inbound":
+                        nursery.start_soon(self._initiate, relayed, report)
+                if self._is_direct(peer):
+                    return
+                with trio.move_on_after(pause * self._rng.uniform(0.75, 1.25)):
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(_cancel_when, relayed.closed, nursery)
+                        await self._until_direct(peer)
+                        return
+                pause = min(2 * pause, RETRY_SECONDS[1])
+        finally:
+            self._upgrading.discard(peer)
+            direct = [c for c in self._host.connections(peer) if c.path != "relay"]
+            if direct and not report.result:
+                report.result, report.seconds = direct[0].path, trio.current_time() - report.started
+                log.info("relay_left peer=%s path=%s seconds=%.3f", peer.short(), report.result, report.seconds)
+
+    async def _dial_known(self, peer: PeerId, report: PunchReport) -> None:
+        """Reversal: what identify tells of a peer that is public is dialled as any address."""
+        with trio.move_on_after(PUNCH_SECONDS):
+            known: set[Multiaddr] = set()
+            while not self._is_direct(peer):
+                addrs = [a for a in self._host.peerstore.addrs(peer) if not a.is_circuit and a not in known]
+                known.update(addrs)
+                if addrs:
+                    try:
+                        await self._host.dial(peer, addrs)
+                    except ConnectError as error:
+                        report.errors = [*report.errors[-7:], f"dial: {error}"]
+                if self._host.peerstore.info(peer) is not None:
+                    return
+                await trio.sleep(TCP_PAUSE)  # identify is on its way
+
+    # -- the two sides of the exchange --------------------------------------------------------------------
+    async def _initiate(self, relayed: Connection, report: PunchReport) -> None:
+        """B's part."""
+        for _ in range(PUNCH_ATTEMPTS):
+            if self._is_direct(relayed.peer_id) or relayed.closed.is_set() or not self.candidates():
+                return
+            report.attempts += 1
+            try:
+                with trio.fail_after(EXCHANGE_SECONDS):
+                    stream = LazyStream(await relayed.open_stream(), PROTOCOL_ID)
+                    exchange, token = await self._exchange(stream, relayed, initiator=True)
+            except (LatticaError, ProtocolError, trio.TooSlowError) as error:
+                report.errors = [*report.errors[-7:], f"exchange: {error}"]
+                return
+            assert exchange.punch_at is not None
+            await trio.sleep_until(exchange.punch_at)
+            if await self._punch(relayed, exchange, token, report):
+                return
+
+    async def _answer(self, stream: Stream) -> None:
+        """A's part."""
+        relayed = stream.connection
+        peer, now = relayed.peer_id, trio.current_time()
+        recent = [at for at in self._answered.get(peer, []) if now - at < 60]
+        if relayed.path != "relay" or peer in self._answering or len(recent) >= PUNCH_ANSWERS_PER_MINUTE:
+            stream.reset()
+            return
+        self._answered[peer] = [*recent, now]
+        self._answered.move_to_end(peer)
+        while len(self._answered) > MAX_REPORTS:
+            self._answered.popitem(last=False)
+        self._answering.add(peer)
+        try:
+            report = self._report(peer)
+            report.attempts += 1
+            with trio.fail_after(EXCHANGE_SECONDS):
+                exchange, token = await self._exchange(stream, relayed, initiator=False)
+            await self._punch(relayed, exchange, token, report)
+        finally:
+            self._answering.discard(peer)
+
+    async def _exchange(self, stream: Stream, relayed: Connection, *, initiator: bool) -> tuple[PunchExchange, bytes]:
+        """All messages of one attempt, and our NAT opened for what comes."""
+        token = os.urandom(dcutr.TOKEN_BYTES)
+        exchange = PunchExchange(initiator=initiator, addrs=self.candidates(), token=token, now=trio.current_time())
+        try:
+            opened = False
+            while True:
+                while (message := exchange.poll_transmit()) is not None:
+                    await stream.send_frame(message)
+                if exchange.partner is not None and not opened:
+                    opened = True
+                    self._open_nat(self._targets(relayed, exchange))
+                if exchange.punch_at is not None:
+                    await stream.aclose()
+                    return exchange, token
+                message = await stream.receive_frame(DCUTR_MAX_MESSAGE_BYTES)
+                exchange.receive_untrusted(message, trio.current_time())
+        except BaseException:
+            stream.reset()
+            raise
+
+    # -- the punch ----------------------------------------------------------------------------------------
+    async def _punch(self, relayed: Connection, exchange: PunchExchange, token: bytes, report: PunchReport) -> bool:
+        """Everything at once. Whether there is a direct connection afterwards."""
+        peer, partner, is_client = relayed.peer_id, exchange.partner, not exchange.initiator
+        assert partner is not None
+        targets = self._targets(relayed, exchange)
+        report.tried = [str(target.addr) for target in targets]
+        log.debug("punch peer=%s client=%s targets=%s", peer.short(), is_client, " ".join(report.tried))
+        with trio.move_on_after(PUNCH_SECONDS), self._expecting(targets if is_client else []):
+            async with trio.open_nursery() as nursery:
+                if is_client:
+                    self._await_probes(token, targets, peer, nursery, report)
+                for target in targets:
+                    if target.addr.has("tcp"):
+                        nursery.start_soon(self._punch_tcp, target, peer, is_client, report)
+                    elif is_client and (target.proven or partner.token is None):
+                        nursery.start_soon(self._dial_quic, target.addr, peer, report)
+                    else:
+                        nursery.start_soon(self._send_probes, target, partner.token)
+                await self._until_direct(peer)
+                await trio.sleep(SECOND_PATH_SECONDS)
+                nursery.cancel_scope.cancel()
+        self._expected.pop(token, None)
+        return self._is_direct(peer)
+
+    def _targets(self, relayed: Connection, exchange: PunchExchange) -> list[Target]:
+        facts, partner = self._circuits.facts(relayed), exchange.partner
+        seen = () if facts is None else facts.seen_at
+        proven = {ip for addr in seen if (ip := addr.ip()) is not None}
+        own = {ip for addr in self._observed() if (ip := addr.ip()) is not None}
+        return choose_targets(
+            () if partner is None else partner.addrs,
+            proven=proven,
+            own_networks=interface_networks(),
+            own_public=own,
+        )
+
+    async def _punch_tcp(self, target: Target, peer: PeerId, is_client: bool, report: PunchReport) -> None:
+        """Connect from the port we listen on until it works."""
+        port, ip = self._listening_port("tcp", target.addr), target.addr.ip()
+        if self._tcp is None or port is None or ip is None:
+            return
+        for _ in range(target.tcp_tries):
+            if not self._budget.take(ip, trio.current_time()):
+                return
+            try:
+                connection = await self._tcp.dial(target.addr, peer, bind_port=port, initiator=is_client)
+            except ConnectError as error:
+                report.errors = [*report.errors[-7:], str(error)]
+                await trio.sleep(TCP_PAUSE)
+            else:
+                self._host.adopt(connection)
+                return
+
+    async def _dial_quic(self, addr: Multiaddr, peer: PeerId, report: PunchReport) -> None:
+        ip = addr.ip()
+        if self._quic is None or ip is None or not self._budget.take(ip, trio.current_time()):
+            return
+        try:
+            self._host.adopt(await self._quic.dial(addr, peer))
+        except ConnectError as error:
+            report.errors = [*report.errors[-7:], str(error)]
+
+    async def _send_probes(self, target: Target, token: bytes | None) -> None:
+        """Datagrams that open our NAT for the partner, and tell it where we are."""
+        found, ip = target.addr.host_port(), target.addr.ip()
+        if self._quic is None or found is None or ip is None:
+            return
+        address = (found[1], found[2])
+        endpoint = self._quic.endpoint_for(address)
+        for sent in range(target.probes):
+            if not self._budget.take(ip, trio.current_time()):
+                return
+            endpoint.send_datagram(dcutr.encode_probe(token, self._rng), address)
+            await trio.sleep(dcutr.probe_delay(sent, self._rng))
+
+    def _open_nat(self, targets: Sequence[Target]) -> None:
+        """One datagram to each UDP address that dies on its way."""
+        for target in targets:
+            found, ip = target.addr.host_port(), target.addr.ip()
+            if self._quic is None or found is None or ip is None or found[0] != "udp":
+                continue
+            if self._budget.take(ip, trio.current_time()):
+                address = (found[1], found[2])
+                probe = dcutr.encode_probe(None, self._rng)
+                self._quic.endpoint_for(address).send_short_lived(probe, address, self._opening_hops)
+
+    # -- what comes from addresses that nobody named --------------------------------------------------------
+    def _await_probes(
+        self, token: bytes, targets: Sequence[Target], peer: PeerId, nursery: trio.Nursery, report: PunchReport
+    ) -> None:
+        """Dial where probes with our token come from, once each and few in all."""
+        from lattica.transports.quic_connection import to_multiaddr
+
+        dialled = {target.addr for target in targets if target.proven}
+        places = len(dialled) + 2
+
+        def arrived(address: Address) -> None:
+            addr = to_multiaddr(address)
+            if addr not in dialled and len(dialled) < places:
+                dialled.add(addr)
+                report.tried.append(f"{addr} (from where its probe came)")
+                nursery.start_soon(self._dial_quic, addr, peer, report)
+
+        self._expected[token] = arrived
+        if self._quic is not None:
+            for endpoint in self._quic.endpoints:
+                endpoint.on_probe = self._probe_arrived
+
+    def _probe_arrived(self, data: bytes, address: Address) -> None:
+        token = dcutr.probe_token_untrusted(data)
+        arrived = None if token is None else self._expected.get(token)
+        if arrived is not None:
+            arrived(address)
+
+    @contextmanager
+    def _expecting(self, targets: Sequence[Target]) -> Iterator[None]:
+        """Tell the TCP transport who may connect and then wait for us to begin."""
+        ips = {str(address) for target in targets if (address := target.addr.ip()) is not None}
+        punching = None if self._tcp is None else self._tcp.punching
+        if punching is not None:
+            punching.update(ips)
+        try:
+            yield
+        finally:
+            if punching is not None:
+                punching.subtract(ips)
+                for ip in ips:
+                    if punching[ip] <= 0:
+                        del punching[ip]
+
+    # -- our own addresses --------------------------------------------------------------------------------
+    def candidates(self) -> list[Multiaddr]:
+        """Where the partner may find us: observed, mapped and local addresses."""
+        own = [addr for addr in self._host.advertised_addrs() if not addr.is_circuit]
+        return list(dict.fromkeys([*self.more_candidates(), *self._observed(), *own]))[:MAX_CANDIDATES]
+
+    def _observed(self) -> list[Multiaddr]:
+        """What directly connected peers see as the address of a socket we listen on, the most often seen first."""
+        votes: dict[Multiaddr, int] = {}
+        for connection in self._host.connections():
+            info = self._host.peerstore.info(connection.peer_id)
+            observed = None if info is None or connection.path == "relay" else info.observed_addr
+            if observed is None or observed.is_circuit:
+                continue
+            found, local = observed.host_port(), connection.local_addr.host_port()
+            if found and local and local[2] == self._listening_port(found[0], connection.local_addr):
+                votes[observed] = votes.get(observed, 0) + 1
+        return sorted(votes, key=lambda addr: -votes[addr])
+
+    def _listening_port(self, kind: str, like: Multiaddr) -> int | None:
+        """The port we listen on with TCP or UDP, in the address family of `like`."""
+        family = like.value("ip6") is None
+        for addr in self._host.listen_addrs():
+            found = addr.host_port()
+            if found is not None and found[0] == kind and not addr.is_circuit and (addr.value("ip6") is None) == family:
+                return found[2]
+        return None
+
+    def _source_port(self, peer: PeerId | None, addr: Multiaddr) -> int | None:
+        """Relays are dialled from the port we listen on: then they see the mapping that partners can use."""
+        return self._listening_port("tcp", addr) if peer in self._circuits.relays else None
+
+    # -- state --------------------------------------------------------------------------------------------
+    def _is_direct(self, peer: PeerId) -> bool:
+        return any(c.path != "relay" and not c.closed.is_set() for c in self._host.connections(peer))
+
+    async def _until_direct(self, peer: PeerId) -> None:
+        if not self._is_direct(peer):
+            await self._direct.setdefault(peer, trio.Event()).wait()
+
+    async def _leave_relays(self, peer: PeerId, direct: Connection) -> None:
+        """Close relayed connections with `peer` when nothing runs on them any more."""
+        while not direct.closed.is_set():
+            await trio.sleep(RELAYED_LINGER)
+            relayed = [c for c in self._host.connections(peer) if c.path == "relay"]
+            if not relayed or direct.closed.is_set():
+                return
+            for connection in relayed:
+                if connection.stream_count() == 0:
+                    await connection.aclose()
+
+    def _report(self, peer: PeerId) -> PunchReport:
+        report = self.reports.get(peer)
+        if report is None or report.result:
+            report = self.reports[peer] = PunchReport(peer, trio.current_time())
+        self.reports.move_to_end(peer)
+        while len(self.reports) > MAX_REPORTS:
+            self.reports.popitem(last=False)
+        return report
+
+
+async def _cancel_when(event: trio.Event, nursery: trio.Nursery) -> None:
+    await event.wait()
+    nursery.cancel_scope.cancel()
+
+
+__all__ = ["HolePuncher", "PunchReport"]

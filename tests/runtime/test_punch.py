@@ -1,0 +1,156 @@
+"""From relayed to direct over loopback, with real sockets: the dance, reversal, and that nothing is lost meanwhile.
+
+Loopback has no NATs; what is tested here is that each side does its part and that paths change under running calls.
+Real NATs are the business of tests/nat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+from test_relay import QUIC, TCP, addr_of, relay_node
+
+from lattica.host import PeerConnected
+from lattica.node import Node, NodeConfig, open_node
+from lattica_protocols.multiaddr import Multiaddr
+
+
+class Counter:
+    async def count(self, n: int) -> AsyncIterator[int]:
+        for i in range(n):
+            yield i
+            if i % 100 == 0:
+                await trio.sleep(0.001)
+
+    async def echo(self, x: int) -> int:
+        return x
+
+
+@asynccontextmanager
+async def natted_node(relay: Node, listen: list[str], *, tells: bool = False) -> AsyncIterator[Node]:
+    """A node with a reservation that tells nobody where it listens (as a NAT hides it), unless it `tells`."""
+    config = NodeConfig(listen=listen, relay_use="always", relays=[addr_of(relay)], punch=False)
+    async with open_node(config) as node:
+        real = node.host.advertised_addrs
+        if not tells:
+            node.host.advertised_addrs = lambda: [addr for addr in real() if addr.is_circuit]  # type: ignore[method-assign]
+        while not node.relay_client.reservations():
+            await trio.lowlevel.checkpoint()
+        await node.wait_identified(relay.peer_id)
+        await relay.wait_identified(node.peer_id)
+        yield node
+
+
+def circuit_to(node: Node) -> Multiaddr:
+    return next(addr for addr in node.host.advertised_addrs() if addr.is_circuit).with_peer(node.peer_id)
+
+
+async def until_direct(node: Node, other: Node) -> str:
+    events = node.host.subscribe()
+    for connection in node.host.connections(other.peer_id):
+        if connection.path != "relay":
+            return connection.path
+    async for event in events:
+        if isinstance(event, PeerConnected) and event.peer == other.peer_id and event.connection.path != "relay":
+            return event.connection.path
+    raise AssertionError("the host is gone")
+
+
+@pytest.mark.parametrize(
+    ("relay_listen", "listen", "paths"),
+    [(QUIC, [QUIC], {"quic"}), (TCP, [TCP], {"tcp"})],
+    ids=["udp", "tcp"],
+)
+def test_a_punch_needs_nothing_but_the_relay(run, relay_listen: str, listen: list[str], paths: set[str]) -> None:
+    async def main() -> None:
+        async with (
+            relay_node(relay_listen) as relay,
+            natted_node(relay, listen) as a,
+            natted_node(relay, listen) as b,
+            trio.open_nursery() as nursery,
+        ):
+            assert len(a.punch.candidates()) == 1  # what the relay sees of the socket we listen on
+            for node in (a, b):
+                nursery.start_soon(node.punch.run)
+            await trio.testing.wait_all_tasks_blocked()
+            started = trio.current_time()
+            connection = await a.host.connect(None, [circuit_to(b)])
+            assert connection.path == "relay"
+            assert await until_direct(b, a) in paths
+            assert await until_direct(a, b) in paths
+            assert trio.current_time() - started < 3
+            assert b.punch.reports[a.peer_id].attempts == 1
+            assert str(b.punch.candidates()[0]) in " ".join(a.punch.reports[b.peer_id].tried)
+            nursery.cancel_scope.cancel()
+
+    run(main)
+
+
+def test_a_public_partner_is_dialled_back(run) -> None:
+    async def main() -> None:
+        async with (
+            relay_node() as relay,
+            natted_node(relay, []) as a,
+            natted_node(relay, [TCP], tells=True) as b,
+            trio.open_nursery() as nursery,
+        ):
+            for node in (a, b):
+                nursery.start_soon(node.punch.run)
+            await b.host.connect(None, [circuit_to(a)])
+            assert await until_direct(b, a) == await until_direct(a, b) == "tcp"
+            (direct,) = [c for c in a.host.connections(b.peer_id) if c.path != "relay"]
+            assert direct.direction == "outbound"  # the one that cannot be reached dialled the one that can
+            nursery.cancel_scope.cancel()
+
+    run(main)
+
+
+def test_calls_and_streams_survive_the_change_of_paths(run, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with (
+            relay_node(QUIC) as relay,
+            natted_node(relay, [QUIC]) as a,
+            natted_node(relay, [QUIC]) as b,
+            trio.open_nursery() as nursery,
+        ):
+            b.rpc.serve("counter", Counter())
+            await a.host.connect(None, [circuit_to(b)])
+            assert await a.rpc.call(b.peer_id, "counter.echo", 1) == 1
+            channel = a.rpc.open_channel(b.peer_id)
+            assert channel is not None
+            assert channel.stream.connection.path == "relay"
+            received: list[int] = []
+            begun = trio.Event()
+
+            async def read() -> None:
+                async for i in a.rpc.stream(b.peer_id, "counter.count", 20_000):
+                    received.append(i)
+                    begun.set()
+
+            async def call(done: trio.Event) -> None:
+                for i in range(500):
+                    assert await a.rpc.call(b.peer_id, "counter.echo", i) == i
+                done.set()
+
+            done = trio.Event()
+            async with trio.open_nursery() as work:
+                work.start_soon(read)
+                await begun.wait()
+                assert received[-1] < 20_000 - 1
+                for node in (a, b):
+                    nursery.start_soon(node.punch.run)
+                await until_direct(a, b)
+                work.start_soon(call, done)
+            assert received == list(range(20_000))
+            assert done.is_set()
+            channel = a.rpc.open_channel(b.peer_id)
+            assert channel is not None
+            assert channel.stream.connection.path == "quic"
+            nursery.cancel_scope.cancel()
+
+    run(main)
