@@ -20,6 +20,7 @@ from typing import Any
 
 import fuzz_corpus as corpus
 import fuzz_machines as machines
+import fuzz_relay
 from cryptography import x509
 from fuzz_mutation import mutate
 
@@ -39,6 +40,8 @@ from lattica_protocols.protobuf import Message
 
 FURTHER_MODULES = ["lattica.rpc.status"]
 """Outside of `lattica_protocols`, with parsers that need no I/O."""
+
+DRIVERS = [*machines.DRIVERS, *fuzz_relay.DRIVERS]
 
 INSTANCES: dict[type, Callable[[bytes], Any]] = {
     Identify: lambda data: Identify(signed_peer_record=data),
@@ -287,7 +290,7 @@ def _message_target(cls: type[Message]) -> Target:
 def all_targets() -> list[Target]:
     """Every public function that can be called, every protobuf message, every driver of a machine."""
     targets = []
-    driven = {cls for driver in machines.DRIVERS for cls in driver.covers}
+    driven = {cls for driver in DRIVERS for cls in driver.covers}
     for name, (function, cls) in sorted(untrusted_functions().items()):
         private = any(part.startswith("_") for part in name.split("."))
         if private or cls is Message or (cls in driven and function.__name__.startswith("receive_")):
@@ -297,7 +300,7 @@ def all_targets() -> list[Target]:
             targets.append(target)
     messages_of_ours = [cls for cls in _classes() if issubclass(cls, Message) and cls is not Message]
     targets += [_message_target(cls) for cls in [*messages_of_ours, corpus.AllKinds]]
-    targets += [Target(d.name, d.run, d.seeds(), d.generate, d.parts()) for d in machines.DRIVERS]
+    targets += [Target(d.name, d.run, d.seeds(), d.generate, d.parts()) for d in DRIVERS]
     return targets
 
 
@@ -319,7 +322,7 @@ def unreached(targets: list[Target]) -> list[str]:
                 run_case(target, list(seed), random.Random(0))
     finally:
         sys.setprofile(None)
-    driven = {cls for driver in machines.DRIVERS for cls in driver.covers}
+    driven = {cls for driver in DRIVERS for cls in driver.covers}
     missing = sorted(wanted.keys() - seen)
     return missing + sorted(name for name, cls in receiving_classes().items() if cls not in driven)
 
