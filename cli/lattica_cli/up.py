@@ -29,9 +29,8 @@ def up(
     state = State.of(ctx)
     if network:
         raise typer.BadParameter("private networks are not part of this version.")
-    for wanted, name in ((relay, "relaying"), (mdns, "mDNS")):
-        if wanted:
-            warn(f"{name} is not part of this version; starting without it")
+    if mdns:
+        warn("mDNS is not part of this version; starting without it")
     arguments: list[str] = []
     if state.home is not None:
         arguments += ["--home", state.home]
@@ -39,6 +38,8 @@ def up(
         arguments.append("--json")
     if config:
         arguments += ["--config", str(Path(config).absolute())]
+    if relay is not None:
+        arguments.append("--relay" if relay else "--no-relay")
     if log_level:
         arguments += ["--log-level", log_level]
     for name, values in (("--listen", listen), ("--bootstrap", bootstrap)):

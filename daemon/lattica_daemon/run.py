@@ -81,6 +81,11 @@ async def open_daemon(home: Home, settings: Settings) -> AsyncIterator[Daemon]:
         bootstrap=settings.discovery.bootstrap,
         kad_protocol=settings.discovery.protocol,
         kad_mode=settings.discovery.mode,  # type: ignore[arg-type]  # the rule of the setting says so
+        relay_serve=settings.relay.serve == "on",
+        relay_bytes_per_second=settings.relay.max_mb_per_second * 1e6 or None,
+        relay_use=settings.relay.use,  # type: ignore[arg-type]
+        relays=settings.relay.relays,
+        punch=settings.relay.punch == "on",
     )
     async with open_node(config) as node, trio.open_nursery() as nursery:
         node.host.gate = rules.refusal

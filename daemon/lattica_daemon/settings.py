@@ -160,6 +160,34 @@ class DiscoverySettings:
 
 
 @dataclass(frozen=True)
+class RelaySettings:
+    """Connections of peers that cannot reach each other, carried by a third."""
+
+    serve: str = _setting(
+        "off",
+        _choice("off", "on"),
+        "on carries other peers' connections, of use at a machine that others reach. What goes through is encrypted "
+        "from end to end; every circuit gets the same share of the bandwidth",
+    )
+    max_mb_per_second: float = _setting(
+        0.0, _number(0, 100_000), "megabytes per second for all circuits together, both ways added; 0 for no cap"
+    )
+    use: str = _setting(
+        "auto",
+        _choice("auto", "always", "never"),
+        "hold places at relays so that others reach us there; auto does so while we are behind a NAT",
+    )
+    relays: tuple[str, ...] = _setting(
+        (),
+        _addresses("a list of multiaddrs that end in /p2p/PEER", _accept_bootstrap),
+        "relays to ask first; others are found among connected peers and in the DHT",
+    )
+    punch: str = _setting(
+        "on", _choice("on", "off"), "on looks for a direct path to every peer that is connected over a relay"
+    )
+
+
+@dataclass(frozen=True)
 class PeerSettings:
     """Who may connect. Single rules are set with `lattica peer allow` and `lattica peer block`."""
 
@@ -205,6 +233,7 @@ class Settings:
 
     listen: ListenSettings = ListenSettings()
     discovery: DiscoverySettings = DiscoverySettings()
+    relay: RelaySettings = RelaySettings()
     peers: PeerSettings = PeerSettings()
     log: LogSettings = LogSettings()
     metrics: MetricsSettings = MetricsSettings()

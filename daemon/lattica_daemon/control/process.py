@@ -45,8 +45,22 @@ class ProcessControl:
             "received_bytes": daemon.traffic.received(connections),
             "store": daemon.store_summary(),
             "dht": node.kad.info(),
+            "relay": self._relay(),
             "services": sorted(daemon.offered_services()),
             "counters": dict(sorted(host.counters.items())),
+        }
+
+    def _relay(self) -> dict[str, Any]:
+        """What we carry for others, and where others reach us through a relay."""
+        node = self._daemon.node
+        server = node.relay_server
+        held = node.relay_client.reservations()
+        return {
+            "serving": server.serving,
+            "reservations_given": len(list(server.table.reservations())),
+            "circuits": len(server.circuits),
+            "carried_bytes": server.circuits.carried_bytes,
+            "reservations": {str(relay): [str(addr) for addr in addrs] for relay, addrs in held.items()},
         }
 
     async def config(self) -> dict[str, Any]:
