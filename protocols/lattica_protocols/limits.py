@@ -376,3 +376,26 @@ LOCAL_MAX_SERVICES = 1024
 LOCAL_MAX_METHODS = 1024
 LOCAL_MAX_SERVICE_NAME = 128
 """What one worker registers. A method name with its service has 255 bytes."""
+
+# -- STUN ---------------------------------------------------------------------------------------------------------
+STUN_MAX_MESSAGE_BYTES = 1280
+"""The smallest MTU of IPv6, which RFC 8489 section 6.1 asks requests to stay below. Ours have 100 bytes."""
+
+STUN_MAX_ATTRIBUTES = 32
+"""Attributes of one message. The richest that exist, TURN's and ICE's, have about 12."""
+
+STUN_REQUESTS_PER_SECOND = 20.0
+"""Requests that we answer for one IPv4 address or IPv6 /64 in the long run: a discovery sends about 40, once in
+minutes, and several peers may be behind one NAT."""
+
+STUN_REQUEST_BURST = 120
+"""Of these at once: three discoveries."""
+
+STUN_TOTAL_PER_SECOND = 2000.0
+"""Answers to all strangers together: 200 kB/s, and about a tenth of a core."""
+
+STUN_MAX_SOURCES = 4096
+"""Addresses whose budget is remembered; the one that asked least recently makes room."""
+
+STUN_MAX_TRANSACTIONS = 512
+"""Requests of ours that wait for their answer: a birthday attempt asks once for each of 256 sockets."""

@@ -20,6 +20,7 @@ from typing import Any
 
 import fuzz_corpus as corpus
 import fuzz_machines as machines
+import fuzz_nat as nat
 from cryptography import x509
 from fuzz_mutation import mutate
 
@@ -36,6 +37,7 @@ from lattica_protocols.noise import NoiseOpener, NoiseSealer
 from lattica_protocols.peer_id import PeerId
 from lattica_protocols.peer_record import PEER_RECORD_DOMAIN, PEER_RECORD_TYPE
 from lattica_protocols.protobuf import Message
+from lattica_protocols.stun import Attribute, MessageType, StunMessage
 
 FURTHER_MODULES = ["lattica.rpc.status"]
 """Outside of `lattica_protocols`, with parsers that need no I/O."""
@@ -44,13 +46,18 @@ INSTANCES: dict[type, Callable[[bytes], Any]] = {
     Identify: lambda data: Identify(signed_peer_record=data),
     NoiseOpener: lambda data: NoiseOpener(bytes(32)),
     ValueStore: lambda data: ValueStore(Validators()),
+    StunMessage: lambda data: StunMessage(MessageType.SUCCESS, bytes(12), ((Attribute.OTHER_ADDRESS, data),)),
 }
 """How to get an object whose methods parse; classes made from nothing or from bytes need no entry."""
+
+DRIVERS = [*machines.DRIVERS, *nat.DRIVERS]
 
 LENGTHS = {"lattica_protocols.blobs.messages.decode_header_untrusted": messages.HEADER.size}
 """Functions that are documented to take exactly so many bytes."""
 
 NAMED_VALUES: dict[str, Sequence[Any]] = {
+    "attribute": [Attribute.OTHER_ADDRESS],
+    "transaction_id": [None, bytes(12)],
     "domain": [PEER_RECORD_DOMAIN],
     "payload_type": [PEER_RECORD_TYPE],
     "accepted": [messages.TO_SERVER, messages.TO_CLIENT],
@@ -66,6 +73,9 @@ def _sealed() -> bytes:
 
 
 SEEDS: dict[str, Callable[[], list[tuple[bytes, ...]]]] = {
+    "lattica_protocols.stun.decode_message_untrusted": lambda: [(message,) for message in nat.stun_messages()],
+    "lattica_protocols.stun.decode_address_untrusted": lambda: [(address,) for address in nat.addresses()],
+    "lattica_protocols.stun.StunMessage.address_untrusted": lambda: [(address,) for address in nat.addresses()],
     "lattica_protocols.noise.NoiseOpener.open_untrusted": lambda: [(b"", _sealed())],
     "lattica_protocols.blobs.messages.decode_ranges_untrusted": lambda: [
         (messages.encode_ranges([(0, 2), (3, 1)]),),
@@ -287,7 +297,7 @@ def _message_target(cls: type[Message]) -> Target:
 def all_targets() -> list[Target]:
     """Every public function that can be called, every protobuf message, every driver of a machine."""
     targets = []
-    driven = {cls for driver in machines.DRIVERS for cls in driver.covers}
+    driven = {cls for driver in DRIVERS for cls in driver.covers}
     for name, (function, cls) in sorted(untrusted_functions().items()):
         private = any(part.startswith("_") for part in name.split("."))
         if private or cls is Message or (cls in driven and function.__name__.startswith("receive_")):
@@ -297,7 +307,7 @@ def all_targets() -> list[Target]:
             targets.append(target)
     messages_of_ours = [cls for cls in _classes() if issubclass(cls, Message) and cls is not Message]
     targets += [_message_target(cls) for cls in [*messages_of_ours, corpus.AllKinds]]
-    targets += [Target(d.name, d.run, d.seeds(), d.generate, d.parts()) for d in machines.DRIVERS]
+    targets += [Target(d.name, d.run, d.seeds(), d.generate, d.parts()) for d in DRIVERS]
     return targets
 
 
@@ -319,7 +329,7 @@ def unreached(targets: list[Target]) -> list[str]:
                 run_case(target, list(seed), random.Random(0))
     finally:
         sys.setprofile(None)
-    driven = {cls for driver in machines.DRIVERS for cls in driver.covers}
+    driven = {cls for driver in DRIVERS for cls in driver.covers}
     missing = sorted(wanted.keys() - seen)
     return missing + sorted(name for name, cls in receiving_classes().items() if cls not in driven)
 

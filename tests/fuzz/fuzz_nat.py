@@ -1,0 +1,88 @@
+"""Seeds and drivers for the machines that deal with NATs: what arrives there comes from anybody who knows our port."""
+
+from __future__ import annotations
+
+import random
+
+from fuzz_machines import Driver, Transcript
+
+from lattica_protocols.stun import (
+    Attribute,
+    MessageType,
+    StunMessage,
+    encode_address,
+    encode_change_request,
+    encode_error,
+    encode_message,
+    encode_response_port,
+)
+from lattica_protocols.stun_client import StunClient
+from lattica_protocols.stun_server import MIN_ANSWER_BYTES, StunServer
+
+SERVER = ("203.0.113.1", 3478)
+OTHER = ("203.0.113.2", 3479)
+CLIENT = ("198.51.100.7", 40000)
+
+
+def addresses() -> list[bytes]:
+    return [encode_address(CLIENT, None), encode_address(("2001:db8::1", 9), bytes(12))]
+
+
+def stun_messages(*, fingerprint: bool = True) -> list[bytes]:
+    plain = StunMessage(MessageType.REQUEST, bytes(12))
+    asking = StunMessage(
+        MessageType.REQUEST,
+        bytes(12),
+        (
+            (Attribute.SOFTWARE, b"x" * 40),
+            (Attribute.CHANGE_REQUEST, encode_change_request(ip=True, port=True)),
+            (Attribute.RESPONSE_PORT, encode_response_port(9)),
+        ),
+    )
+    answer = StunMessage(
+        MessageType.SUCCESS, bytes(12), ((Attribute.XOR_MAPPED_ADDRESS, encode_address(CLIENT, bytes(12))),)
+    )
+    refusal = StunMessage(MessageType.ERROR, bytes(12), ((Attribute.ERROR_CODE, encode_error(420, "")),))
+    messages = [encode_message(message, fingerprint=fingerprint) for message in (plain, asking, answer, refusal)]
+    return [*messages, encode_message(answer, key=b"k", fingerprint=fingerprint)]
+
+
+class StunClients(Driver):
+    """Requests of strangers."""
+
+    name = "stun.StunServer"
+    covers = (StunServer,)
+
+    def seeds(self) -> list[Transcript]:
+        return [tuple(stun_messages())]
+
+    def run(self, parts: list[bytes], rng: random.Random) -> None:
+        server = StunServer()
+        for part in parts:
+            reply = server.receive_request(part, CLIENT, 0.0, origin=SERVER, other=rng.choice((None, OTHER)))
+            if reply is not None:
+                assert reply.to[0] == CLIENT[0]
+                assert len(reply.data) <= max(MIN_ANSWER_BYTES, len(part))
+
+
+class StunServers(Driver):
+    """Answers from somebody who sees our requests: the transaction id is put right."""
+
+    name = "stun.StunClient"
+    covers = (StunClient,)
+
+    def seeds(self) -> list[Transcript]:
+        return [tuple(stun_messages(fingerprint=False))]
+
+    def run(self, parts: list[bytes], rng: random.Random) -> None:
+        client = StunClient(rng)
+        client.request(0, SERVER, 0.0)
+        (sent,) = client.poll_transmit()
+        for part in parts:
+            client.receive_datagram(0, part[:8] + sent.data[8:20] + part[20:], SERVER, 0.1)
+            while client.next_event() is not None:
+                client.request(0, SERVER, 0.1)
+                (sent,) = client.poll_transmit()
+
+
+DRIVERS: list[Driver] = [StunClients(), StunServers()]
