@@ -399,3 +399,10 @@ STUN_MAX_SOURCES = 4096
 
 STUN_MAX_TRANSACTIONS = 512
 """Requests of ours that wait for their answer: a birthday attempt asks once for each of 256 sockets."""
+
+# -- NATs ---------------------------------------------------------------------------------------------------------
+NAT_MAX_OBSERVERS = 7
+"""Asked in one discovery: two of them may lie. Each costs about six datagrams."""
+
+NAT_MAX_LIFETIMES = 6
+"""Idle times tested at once: two sockets each."""

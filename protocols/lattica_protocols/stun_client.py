@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from lattica_protocols.errors import LocalProtocolError, RemoteProtocolError
@@ -68,6 +68,7 @@ class Answered:
     """The other address and port that the other side says it can answer from."""
     rtt: float | None
     """Seconds; `None` when the request was sent more than once."""
+    first_sent: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +90,8 @@ class _Transaction:
     left: int
     timeout: float
     due: float
-    sent: float = 0.0
-    again: bool = field(default=False)
+    first_sent: float | None = None
+    again: bool = False
 
 
 class StunClient:
@@ -114,9 +115,9 @@ class StunClient:
         response_port: int | None = None,
         answer_on: int | None = None,
         attempts: int = ATTEMPTS,
-        first_timeout: float = FIRST_TIMEOUT,
+        delay: float = 0.0,
     ) -> int:
-        """Send a request at the next `poll_transmit`. Returns the number that its event will carry.
+        """Send a request at the next `poll_transmit`, or `delay` seconds later. Returns the number of its event.
 
         `response_port` asks for the answer at that port of our public address, which is expected on socket `answer_on`.
         """
@@ -137,8 +138,8 @@ class StunClient:
             change=(change_ip, change_port),
             data=encode_message(StunMessage(MessageType.REQUEST, transaction_id, tuple(attributes))),
             left=attempts,
-            timeout=first_timeout,
-            due=now,
+            timeout=FIRST_TIMEOUT,
+            due=now + delay,
         )
         self._now = max(self._now, now)
         return self._count
@@ -187,8 +188,9 @@ class StunClient:
         ready = []
         for transaction in self._waiting.values():
             if transaction.due <= self._now and transaction.left:
-                transaction.again = bool(transaction.sent)
-                transaction.sent = self._now
+                transaction.again = transaction.first_sent is not None
+                if transaction.first_sent is None:
+                    transaction.first_sent = self._now
                 transaction.left -= 1
                 transaction.due = self._now + transaction.timeout
                 transaction.timeout *= 2
@@ -216,12 +218,14 @@ def _event_untrusted(
         value = message.get(Attribute.ERROR_CODE)
         return None if value is None else Failed(transaction.number, decode_error_untrusted(value))
     mapped = message.mapped_untrusted
-    if message.type is not MessageType.SUCCESS or mapped is None or not mapped[1] or message.unknown:
+    sent = transaction.first_sent
+    if sent is None or message.type is not MessageType.SUCCESS or mapped is None or not mapped[1] or message.unknown:
         return None
     return Answered(
         transaction.number,
         mapped,
         source,
         message.address_untrusted(Attribute.OTHER_ADDRESS),
-        None if transaction.again else now - transaction.sent,
+        None if transaction.again else now - sent,
+        sent,
     )

@@ -6,6 +6,7 @@ import random
 
 from fuzz_machines import Driver, Transcript
 
+from lattica_protocols.nat.discovery import Discovery, Observer
 from lattica_protocols.stun import (
     Attribute,
     MessageType,
@@ -85,4 +86,30 @@ class StunServers(Driver):
                 (sent,) = client.poll_transmit()
 
 
-DRIVERS: list[Driver] = [StunClients(), StunServers()]
+class Observers(Driver):
+    """Observers that answer with whatever they like."""
+
+    name = "nat.Discovery"
+    covers = (Discovery,)
+
+    def seeds(self) -> list[Transcript]:
+        return [tuple(stun_messages(fingerprint=False))]
+
+    def run(self, parts: list[bytes], rng: random.Random) -> None:
+        asked = [(f"203.0.113.{i}", 3478) for i in range(1, 10)]
+        machine = Discovery([Observer(addr) for addr in asked], rng, 0.0, lifetimes=(1.0, 10.0, 30.0))
+        sent, now = 0, 0.0
+        while (due := machine.next_timeout()) is not None:
+            now = max(now, due)
+            machine.handle_timer(now)
+            for datagram in machine.poll_transmit():
+                sent += 1
+                part = rng.choice(parts) if parts else b""
+                source = rng.choice((datagram.to, (datagram.to[0], 3479), ("203.0.113.99", 3479)))
+                machine.receive_datagram(datagram.socket, part[:8] + datagram.data[8:20] + part[20:], source, now)
+            while (event := machine.next_event()) is not None:
+                assert len(event.behaviour.evidence) == 2
+        assert sent < 300
+
+
+DRIVERS: list[Driver] = [StunClients(), StunServers(), Observers()]
