@@ -393,6 +393,11 @@ class Host:
         """Dial with `transport` from now on."""
         self._transports.append(transport)
 
+    @property
+    def transports(self) -> Sequence[Transport]:
+        """What we dial and listen with."""
+        return self._transports
+
     async def listen(self, addr: Multiaddr) -> Listener:
         """Listen on `addr`. Errors: `DialError` when it cannot be bound or no transport takes it."""
         for transport in self._transports:

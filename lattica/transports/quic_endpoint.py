@@ -33,7 +33,7 @@ from lattica.transports.quic_socket import Datagrams, UdpSocket
 if TYPE_CHECKING:
     from lattica_protocols.peer_id import PeerId
 
-OnOtherDatagram = Callable[[bytes, Address], None]
+OnOtherDatagram = Callable[[bytes, Address, bytes | None], None]
 
 _READS_PER_TURN = 32
 """Then the pump and the readers of streams get a turn."""
@@ -56,7 +56,8 @@ class Endpoint:
         self.local_addr = to_multiaddr(socket.address)
         self.accepting = False
         self.on_other_datagram: OnOtherDatagram | None = None
-        """Gets each datagram that is not QUIC (STUN), with the sender's address. Must not raise."""
+        """Gets each datagram that is not QUIC (STUN), the sender's address, and what `send_datagram` needs to answer
+        from the address that it was sent to. Must not raise."""
         self.closed = False
         self._credentials = credentials
         self._admission = admission
@@ -107,10 +108,16 @@ class Endpoint:
         self.transmit_now(link)
         return link
 
-    def send_datagram(self, data: bytes, addr: Address) -> None:
+    def send_datagram(
+        self, data: bytes, addr: Address, source: bytes | None = None, *, ttl: int | None = None
+    ) -> None:
         """Send something that is not QUIC: STUN, or noise that opens a NAT. Lost silently like any datagram."""
-        if not self.closed:
-            self.socket.send([(data, addr)], None, _ignore)
+        if self.closed:
+            return
+        if ttl is not None:
+            self.socket.send_with_ttl(data, addr, ttl)
+        else:
+            self.socket.send([(data, addr)], source, _ignore)
 
     def wall_clock(self) -> float:
         """Unix time, for the dates of certificates."""
@@ -167,7 +174,7 @@ class Endpoint:
                 if not datagrams:
                     self._handle_errors()
                 for data in datagrams:
-                    link = self._dispatch(data, addr, now)
+                    link = self._dispatch(data, addr, source, now)
                     if link is not None:
                         link.source = source
                         touched.add(link)
@@ -184,13 +191,13 @@ class Endpoint:
                 link.send_failed(error)
                 self.schedule(link)
 
-    def _dispatch(self, data: bytes, addr: Address, now: float) -> QuicLink | None:
+    def _dispatch(self, data: bytes, addr: Address, source: bytes | None, now: float) -> QuicLink | None:
         """Give one datagram to its connection, and return that."""
         if not data:
             return None
         if not data[0] & _FIXED_BIT:
             if data[0] <= _MAX_STUN_FIRST_BYTE and self.on_other_datagram is not None:
-                self.on_other_datagram(data, addr)
+                self.on_other_datagram(data, addr, source)
             return None
         to = destination_id(data)
         if to is None:
