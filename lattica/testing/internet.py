@@ -121,15 +121,30 @@ class SimHost:
         if on_datagram is not None:
             on_datagram(packet.data, packet.source)
 
-    def attach(self, machine: DatagramMachine, on_event: Callable[[object], None] | None = None) -> AttachedMachine:
-        """Run a machine on this host from now on: its sockets get ports of their own, its timers are kept."""
-        return AttachedMachine(self, machine, on_event)
+    def attach(
+        self,
+        machine: DatagramMachine,
+        on_event: Callable[[object], None] | None = None,
+        *,
+        take_over: AttachedMachine | None = None,
+    ) -> AttachedMachine:
+        """Run a machine on this host from now on: its sockets get ports of their own, its timers are kept.
+
+        `take_over`: a machine that ends here and leaves its socket 0 to this one.
+        """
+        return AttachedMachine(self, machine, on_event, take_over)
 
 
 class AttachedMachine:
     """What connects a machine to its host. `detach` ends it and closes its sockets."""
 
-    def __init__(self, host: SimHost, machine: DatagramMachine, on_event: Callable[[object], None] | None) -> None:
+    def __init__(
+        self,
+        host: SimHost,
+        machine: DatagramMachine,
+        on_event: Callable[[object], None] | None = None,
+        take_over: AttachedMachine | None = None,
+    ) -> None:
         self.host = host
         self.machine = machine
         self.events: list[object] = []
@@ -137,21 +152,17 @@ class AttachedMachine:
         self._on_event = on_event
         self._timer: float | None = None
         self._detached = False
+        if take_over is not None:
+            main = take_over.socket(0)
+            take_over.detach()
+            self._bind(0, main)
         self.pump()
 
     def socket(self, number: int) -> SocketAddr:
         """The local address of the machine's socket of that number; opens it."""
         if number not in self.sockets:
-            self.sockets[number] = self.host.bind(lambda data, source: self._received(number, data, source))
+            self._bind(number, None)
         return self.sockets[number]
-
-    def adopt(self, number: int, other: AttachedMachine, other_number: int) -> None:
-        """Use the socket of another machine on the same host: what arrives goes to this one from now on."""
-        local = other.sockets.pop(other_number)
-        self.host.close(local)
-        self.sockets[number] = self.host.bind(
-            lambda data, source: self._received(number, data, source), address=local[0], port=local[1]
-        )
 
     def pump(self) -> None:
         """Call after using a verb of the machine."""
@@ -172,6 +183,13 @@ class AttachedMachine:
         self._detached = True
         for local in self.sockets.values():
             self.host.close(local)
+
+    def _bind(self, number: int, local: SocketAddr | None) -> None:
+        self.sockets[number] = self.host.bind(
+            lambda data, source: self._received(number, data, source),
+            address=None if local is None else local[0],
+            port=None if local is None else local[1],
+        )
 
     def _received(self, number: int, data: bytes, source: SocketAddr) -> None:
         if not self._detached:

@@ -6,11 +6,15 @@ import random
 
 from fuzz_machines import Driver, Transcript
 
+from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.nat.discovery import Discovery, Observer
+from lattica_protocols.nat.punch import Puncher
+from lattica_protocols.nat.punch_plan import PunchPlan, Technique
 from lattica_protocols.stun import (
     Attribute,
     MessageType,
     StunMessage,
+    decode_message_untrusted,
     encode_address,
     encode_change_request,
     encode_error,
@@ -112,4 +116,38 @@ class Observers(Driver):
         assert sent < 300
 
 
-DRIVERS: list[Driver] = [StunClients(), StunServers(), Observers()]
+class Partner(Driver):
+    """A partner of a punch: the mutated message is signed with the key, which it has."""
+
+    name = "nat.Puncher"
+    covers = (Puncher,)
+
+    def seeds(self) -> list[Transcript]:
+        return [tuple(stun_messages(fingerprint=False))]
+
+    def run(self, parts: list[bytes], rng: random.Random) -> None:
+        key = bytes(32)
+        plan = PunchPlan(Technique.SIMPLE, frozenset({CLIENT[0]}), (CLIENT,))
+        machine = Puncher(plan, key, controlling=rng.random() < 0.5, rng=rng, now=0.0)
+        waiting = [datagram.data[8:20] for datagram in machine.poll_transmit()]
+        now, sent = 0.0, 0
+        for part in parts:
+            data = part
+            if rng.random() < 0.8:
+                try:
+                    message = decode_message_untrusted(part)
+                except RemoteProtocolError:
+                    continue
+                transaction_id = rng.choice([message.transaction_id, *waiting])
+                rest = tuple(a for a in message.attributes if a[0] != Attribute.MESSAGE_INTEGRITY)
+                data = encode_message(StunMessage(message.type, transaction_id, rest), key=key)
+            now += rng.choice((0.0, 0.01, 1.0))
+            machine.receive_datagram(0, data, rng.choice((CLIENT, SERVER, (CLIENT[0], rng.randrange(1, 65536)))), now)
+            machine.handle_timer(now)
+            sent += len(machine.poll_transmit())
+            while machine.next_event() is not None:
+                pass
+        assert sent <= 20 * len(parts) + 40
+
+
+DRIVERS: list[Driver] = [StunClients(), StunServers(), Observers(), Partner()]

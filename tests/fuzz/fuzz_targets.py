@@ -33,6 +33,7 @@ from lattica_protocols.kad.records import Validators
 from lattica_protocols.kad.store import ValueStore
 from lattica_protocols.multiaddr import Multiaddr
 from lattica_protocols.multihash import Multihash
+from lattica_protocols.nat.probe import encode_probe
 from lattica_protocols.noise import NoiseOpener, NoiseSealer
 from lattica_protocols.peer_id import PeerId
 from lattica_protocols.peer_record import PEER_RECORD_DOMAIN, PEER_RECORD_TYPE
@@ -74,6 +75,9 @@ def _sealed() -> bytes:
 
 SEEDS: dict[str, Callable[[], list[tuple[bytes, ...]]]] = {
     "lattica_protocols.stun.decode_message_untrusted": lambda: [(message,) for message in nat.stun_messages()],
+    "lattica_protocols.nat.probe.decode_probe_untrusted": lambda: [
+        (encode_probe(key, bytes(12)), key) for key in (bytes(32),)
+    ],
     "lattica_protocols.stun.decode_address_untrusted": lambda: [(address,) for address in nat.addresses()],
     "lattica_protocols.stun.StunMessage.address_untrusted": lambda: [(address,) for address in nat.addresses()],
     "lattica_protocols.noise.NoiseOpener.open_untrusted": lambda: [(b"", _sealed())],
