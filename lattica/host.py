@@ -393,10 +393,8 @@ class Host:
         """Dial with `transport` from now on."""
         self._transports.append(transport)
 
-    @property
-    def transports(self) -> Sequence[Transport]:
-        """What we dial and listen with."""
-        return self._transports
+    def transports(self) -> list[Transport]:
+        return list(self._transports)
 
     async def listen(self, addr: Multiaddr) -> Listener:
         """Listen on `addr`. Errors: `DialError` when it cannot be bound or no transport takes it."""

@@ -162,7 +162,7 @@ class Node:
 
 
 def _nat_service(host: Host) -> NatService | None:
-    for transport in host.transports:
+    for transport in host.transports():
         if isinstance(transport, QuicTransport):
             return NatService(transport, host.nursery)
     return None

@@ -101,7 +101,10 @@ class MachineRun:
 
     def _send(self, datagram: Datagram) -> None:
         if datagram.socket == 0:
-            self.endpoint.send_datagram(datagram.data, datagram.to, ttl=datagram.ttl)
+            if datagram.ttl is None:
+                self.endpoint.send_datagram(datagram.data, datagram.to)
+            else:
+                self.endpoint.send_short_lived(datagram.data, datagram.to, datagram.ttl)
             return
         port = self.ports.get(datagram.socket)
         if port is None:

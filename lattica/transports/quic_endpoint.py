@@ -33,7 +33,9 @@ from lattica.transports.quic_socket import Datagrams, UdpSocket
 if TYPE_CHECKING:
     from lattica_protocols.peer_id import PeerId
 
-OnOtherDatagram = Callable[[bytes, Address, bytes | None], None]
+OnOtherDatagram = Callable[[bytes, Address], None]
+OnStunDatagram = Callable[[bytes, Address, bytes | None], None]
+"""The last is what `send_datagram` needs to answer from the address that the datagram was sent to."""
 
 _READS_PER_TURN = 32
 """Then the pump and the readers of streams get a turn."""
@@ -55,9 +57,8 @@ class Endpoint:
         self.socket = socket
         self.local_addr = to_multiaddr(socket.address)
         self.accepting = False
-        self.on_other_datagram: OnOtherDatagram | None = None
-        """Gets each datagram that is not QUIC (STUN), the sender's address, and what `send_datagram` needs to answer
-        from the address that it was sent to. Must not raise."""
+        self.on_other_datagram: OnStunDatagram | None = None
+        """Gets each datagram that is not QUIC (STUN), with the sender's address. Must not raise."""
         self.closed = False
         self._credentials = credentials
         self._admission = admission
@@ -108,16 +109,15 @@ class Endpoint:
         self.transmit_now(link)
         return link
 
-    def send_datagram(
-        self, data: bytes, addr: Address, source: bytes | None = None, *, ttl: int | None = None
-    ) -> None:
+    def send_datagram(self, data: bytes, addr: Address, source: bytes | None = None) -> None:
         """Send something that is not QUIC: STUN, or noise that opens a NAT. Lost silently like any datagram."""
-        if self.closed:
-            return
-        if ttl is not None:
-            self.socket.send_with_ttl(data, addr, ttl)
-        else:
+        if not self.closed:
             self.socket.send([(data, addr)], source, _ignore)
+
+    def send_short_lived(self, data: bytes, addr: Address, hops: int) -> None:
+        """Send something that dies after `hops` hops: it opens our own NAT and reaches no other box."""
+        if not self.closed:
+            self.socket.send_short_lived(data, addr, hops)
 
     def wall_clock(self) -> float:
         """Unix time, for the dates of certificates."""

@@ -35,7 +35,6 @@ _IP_MTU_DISCOVER, _IP_PMTUDISC_PROBE = 10, 3
 _IPV6_MTU_DISCOVER, _IPV6_PMTUDISC_PROBE = 23, 3
 _IP_PKTINFO = 8
 _IPV6_RECVPKTINFO, _IPV6_PKTINFO = 49, 50
-_IPV6_HOPLIMIT = 52
 _IP_RECVERR, _IPV6_RECVERR, _MSG_ERRQUEUE = 11, 25, 0x2000
 _EXTENDED_ERROR = struct.Struct("=IBBBx")
 """The beginning of sock_extended_err (linux/errqueue.h): errno, origin, ICMP type, ICMP code."""
@@ -160,18 +159,16 @@ class UdpSocket:
             retried = False
         return ()
 
-    def send_with_ttl(self, data: bytes, addr: Address, ttl: int) -> None:
-        """Send one datagram that dies after `ttl` hops: it opens our own NATs and never reaches the other one.
-
-        Lost silently, also where the system has no way to set it for one datagram: better no packet than a wrong one.
-        """
-        level, kind = (socket.IPPROTO_IPV6, _IPV6_HOPLIMIT) if ":" in addr[0] else (socket.IPPROTO_IP, socket.IP_TTL)
-        for _ in range(2):  # the first may fail with the ICMP error of an earlier datagram
-            try:
-                self._socket.sendmsg([data], [(level, kind, struct.pack("=i", ttl))], 0, addr)
-                return
-            except OSError:
-                pass
+    def send_short_lived(self, data: bytes, addr: Address, hops: int) -> None:
+        """One datagram with a hop limit of `hops`. Errors are those of any datagram that gets lost."""
+        if self.family == socket.AF_INET6:
+            option = socket.IPPROTO_IPV6, socket.IPV6_HOPLIMIT, struct.pack("=i", hops)
+        else:
+            option = socket.IPPROTO_IP, socket.IP_TTL, struct.pack("=i", hops)
+        try:
+            self._socket.sendmsg([data], [option], 0, addr)
+        except OSError:
+            return  # also where the system knows no such option for single datagrams
 
     def _send_run(self, run: Datagrams, source: bytes | None) -> None:
         data, addr = run[0]

@@ -407,18 +407,18 @@ NAT_MAX_OBSERVERS = 7
 NAT_MAX_LIFETIMES = 6
 """Idle times tested at once: two sockets each."""
 
-PUNCH_MAX_TARGETS = 8
+NAT_MAX_TARGETS = 8
 """Addresses of a partner that are probed in turn: at 20 rounds a second 160 packets of 52 bytes, for 2 s."""
 
-PUNCH_MAX_PROBES = 4096
+NAT_MAX_PROBES = 4096
 """Packets of one attempt, whatever it tries: 200 kB."""
 
-PUNCH_PROBES_PER_SECOND = 100.0
+NAT_PROBES_PER_SECOND = 100.0
 """Of a birthday attempt, each side. Tailscale's rate; small home routers drop bursts of new flows."""
 
-PUNCH_MAX_ANSWERS = 512
+NAT_MAX_ANSWERS = 512
 """Answers to signed probes in one attempt: a partner that sends more plays tricks."""
 
-PUNCH_MAX_STRANGERS = 4
+NAT_MAX_STRANGERS = 4
 """Probes in one attempt to addresses that signed probes came from and that the partner has not proven to hold: a
 carrier's NAT may use another address for a new mapping, a forger would like us to hit somebody."""

@@ -161,7 +161,7 @@ def test_a_low_ttl_goes_out(run: Run) -> None:
             nursery.start_soon(port.run)
             assert node.nat is not None
             endpoint = node.nat._transport.endpoints[0]
-            endpoint.send_datagram(b"low", port.address, ttl=2)
+            endpoint.send_short_lived(b"low", port.address, 2)
             await arrived.wait()
             assert got == [b"low"]
             port.send(b"back", udp_addr(node), ttl=1)

@@ -8,10 +8,10 @@ import pytest
 
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.limits import (
-    PUNCH_MAX_ANSWERS,
-    PUNCH_MAX_PROBES,
-    PUNCH_MAX_STRANGERS,
-    PUNCH_MAX_TARGETS,
+    NAT_MAX_ANSWERS,
+    NAT_MAX_PROBES,
+    NAT_MAX_STRANGERS,
+    NAT_MAX_TARGETS,
 )
 from lattica_protocols.nat.behaviour import Allocation, Filtering, Mapping, NatBehaviour, Ports
 from lattica_protocols.nat.probe import decode_probe_untrusted, encode_probe, encode_probe_answer
@@ -82,7 +82,7 @@ def test_a_partner_cannot_name_a_victim() -> None:
 
 def test_a_partner_with_many_addresses() -> None:
     side = Side(EASY, tuple((PARTNER[0], port) for port in range(1, 1000)))
-    assert len(plan_punch(Side.of(EASY), side, proven={PARTNER[0]}).targets) == PUNCH_MAX_TARGETS
+    assert len(plan_punch(Side.of(EASY), side, proven={PARTNER[0]}).targets) == NAT_MAX_TARGETS
 
 
 def test_prediction_names_the_next_ports() -> None:
@@ -136,7 +136,7 @@ def test_the_search_of_a_birthday() -> None:
     plan = plan_punch(Side.of(EASY), Side.of(HARD), proven={PARTNER[0]})
     sent = run_out(puncher(plan))
     ports = [datagram.to[1] for _, datagram in sent]
-    assert len(ports) == len(set(ports)) <= PUNCH_MAX_PROBES
+    assert len(ports) == len(set(ports)) <= NAT_MAX_PROBES
     assert {datagram.to[0] for _, datagram in sent} == {PARTNER[0]}
     assert {datagram.socket for _, datagram in sent} == {0}
     for start in range(30):
@@ -221,7 +221,7 @@ def test_forged_sources_get_little() -> None:
         machine.receive_datagram(0, probe, (VICTIM[0], port), 0.01)
     machine.handle_timer(0.05)
     hits = [datagram for _, datagram in run_out(machine) if datagram.to[0] == VICTIM[0]]
-    assert len(hits) == PUNCH_MAX_ANSWERS + PUNCH_MAX_STRANGERS
+    assert len(hits) == NAT_MAX_ANSWERS + NAT_MAX_STRANGERS
     assert sum(len(datagram.data) for datagram in hits) < received
 
 

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.limits import (
-    PUNCH_MAX_ANSWERS,
-    PUNCH_MAX_PROBES,
-    PUNCH_MAX_STRANGERS,
-    PUNCH_MAX_TARGETS,
-    PUNCH_PROBES_PER_SECOND,
+    NAT_MAX_ANSWERS,
+    NAT_MAX_PROBES,
+    NAT_MAX_STRANGERS,
+    NAT_MAX_TARGETS,
+    NAT_PROBES_PER_SECOND,
 )
 from lattica_protocols.nat.probe import decode_probe_untrusted, encode_probe, encode_probe_answer
 from lattica_protocols.nat.punch_plan import PunchPlan, Technique
@@ -40,7 +40,7 @@ BIRTHDAY_SECONDS = 30.0
 REOPEN_AFTER = 8.0
 """Seconds until the hard side opens its sockets once more with the usual TTL: the low one may not have sufficed."""
 LINGER = 0.8
-_GAP = 1.0 / PUNCH_PROBES_PER_SECOND
+_GAP = 1.0 / NAT_PROBES_PER_SECOND
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class Puncher:
         self._search: deque[int] = deque()
         if plan.search_ip is not None:
             ports = range(plan.search_low, plan.search_high + 1)
-            self._search.extend(rng.sample(ports, min(len(ports), PUNCH_MAX_PROBES)))
+            self._search.extend(rng.sample(ports, min(len(ports), NAT_MAX_PROBES)))
         self._next_paced = now
         self._waiting: dict[bytes, tuple[int, SocketAddr, bool]] = {}
         self._answers = self._strangers = 0
@@ -141,7 +141,7 @@ class Puncher:
 
     # -- probes of the partner --------------------------------------------------------------------------------------
     def _probed(self, socket: int, message: StunMessage, source: SocketAddr, now: float) -> None:
-        if self._answers >= PUNCH_MAX_ANSWERS:
+        if self._answers >= NAT_MAX_ANSWERS:
             return
         self._answers += 1
         answer = encode_probe_answer(self._key, message.transaction_id, source)
@@ -157,10 +157,10 @@ class Puncher:
         Whoever has the key may forge the source: addresses that are not proven get one probe each time, and few.
         """
         if source[0] not in self.plan.proven:
-            if self._strangers < PUNCH_MAX_STRANGERS:
+            if self._strangers < NAT_MAX_STRANGERS:
                 self._strangers += 1
                 self._probe(socket, source)
-        elif len(self._targets) < 2 * PUNCH_MAX_TARGETS:
+        elif len(self._targets) < 2 * NAT_MAX_TARGETS:
             self._targets[socket, source] = None
             self._probe(socket, source)
 
@@ -214,7 +214,7 @@ class Puncher:
         return False
 
     def _probe(self, socket: int, to: SocketAddr, *, ttl: int | None = None) -> None:
-        if self.probes >= PUNCH_MAX_PROBES:
+        if self.probes >= NAT_MAX_PROBES:
             return
         self.probes += 1
         transaction_id = self._rng.randbytes(TRANSACTION_ID_BYTES)

@@ -25,7 +25,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
 
-from lattica_protocols.limits import PUNCH_MAX_TARGETS
+from lattica_protocols.limits import NAT_MAX_TARGETS
 from lattica_protocols.nat.behaviour import Allocation, Filtering, Mapping, NatBehaviour, Ports
 from lattica_protocols.stun import SocketAddr
 
@@ -127,7 +127,7 @@ def plan_punch(
     """
     technique = choose_technique(own.behaviour, peer.behaviour)
     targets = _known_targets(peer, technique)
-    targets = tuple(addr for addr in targets if addr[0] in proven)[:PUNCH_MAX_TARGETS]
+    targets = tuple(addr for addr in targets if addr[0] in proven)[:NAT_MAX_TARGETS]
     if technique is not Technique.BIRTHDAY:
         return PunchPlan(technique, frozenset(proven), targets, opener_ttl=opener_ttl, opener_wait=opener_wait)
     if not own.is_easy:
