@@ -346,37 +346,6 @@ MAX_CHUNKS_IN_FLIGHT = 128
 MAX_FETCH_SOURCES = 16
 """Sources of one fetch that send at a time. Each fills a chunk buffer of its own."""
 
-# -- local socket -------------------------------------------------------------------------------------------------
-LOCAL_FD_OVER = 128 << 10
-"""Longer tails go as memory, not through the socket. Below it the system calls cost as much as the copies."""
-
-LOCAL_MAX_CLIENTS = 256
-"""Workers and commands connected to one daemon at once."""
-
-LOCAL_MAX_MAPPINGS = 256
-"""Received tails that stay mapped in one process: each holds a file descriptor, of which 1,024 are usual. Further ones
-are copied."""
-
-LOCAL_POOL_BYTES = 256 << 20
-"""Segments kept for use again, for some seconds: two tensors of 64 MiB in each direction."""
-
-LOCAL_MAX_FDS = 128
-"""File descriptors in one message. The kernel takes 253."""
-
-LOCAL_MAX_OUTPUT = 512 << 20
-"""Bytes queued for a client that does not read its socket, before it is disconnected: 512 results of 1 MiB that it
-asked for and is too busy to take."""
-
-LOCAL_MAX_LENT = 64
-LOCAL_MAX_LENT_BYTES = 1 << 30
-"""Segments that one receiver may hold before the sender forgets the oldest, which are then not used again. Each costs
-the sender a file descriptor."""
-
-LOCAL_MAX_SERVICES = 1024
-LOCAL_MAX_METHODS = 1024
-LOCAL_MAX_SERVICE_NAME = 128
-"""What one worker registers. A method name with its service has 255 bytes."""
-
 # -- STUN ---------------------------------------------------------------------------------------------------------
 STUN_MAX_MESSAGE_BYTES = 1280
 """The smallest MTU of IPv6, which RFC 8489 section 6.1 asks requests to stay below. Ours have 100 bytes."""
@@ -422,3 +391,34 @@ NAT_MAX_ANSWERS = 512
 NAT_MAX_STRANGERS = 4
 """Probes in one attempt to addresses that signed probes came from and that the partner has not proven to hold: a
 carrier's NAT may use another address for a new mapping, a forger would like us to hit somebody."""
+
+# -- local socket -------------------------------------------------------------------------------------------------
+LOCAL_FD_OVER = 128 << 10
+"""Longer tails go as memory, not through the socket. Below it the system calls cost as much as the copies."""
+
+LOCAL_MAX_CLIENTS = 256
+"""Workers and commands connected to one daemon at once."""
+
+LOCAL_MAX_MAPPINGS = 256
+"""Received tails that stay mapped in one process: each holds a file descriptor, of which 1,024 are usual. Further ones
+are copied."""
+
+LOCAL_POOL_BYTES = 256 << 20
+"""Segments kept for use again, for some seconds: two tensors of 64 MiB in each direction."""
+
+LOCAL_MAX_FDS = 128
+"""File descriptors in one message. The kernel takes 253."""
+
+LOCAL_MAX_OUTPUT = 512 << 20
+"""Bytes queued for a client that does not read its socket, before it is disconnected: 512 results of 1 MiB that it
+asked for and is too busy to take."""
+
+LOCAL_MAX_LENT = 64
+LOCAL_MAX_LENT_BYTES = 1 << 30
+"""Segments that one receiver may hold before the sender forgets the oldest, which are then not used again. Each costs
+the sender a file descriptor."""
+
+LOCAL_MAX_SERVICES = 1024
+LOCAL_MAX_METHODS = 1024
+LOCAL_MAX_SERVICE_NAME = 128
+"""What one worker registers. A method name with its service has 255 bytes."""
