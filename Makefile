@@ -2,13 +2,14 @@
 # make test    every test that needs no foreign peer
 # make check   ruff, mypy, the layer rule
 # make interop tests against other libp2p implementations, which it installs
+# make nat     NAT traversal: simulated boxes, then real daemons behind kernel NATs, as far as this machine allows
 # make bench   measurements beside other implementations, in one run
 # make fuzz    every parser of bytes from the network, longer than `make test` does
 # make soak    ten minutes of garbage on every port of a daemon that has to go on serving
 #
 # Everything runs in .venv, which is made here from the newest Python of 3.11 or later that is found.
 
-.PHONY: demo test check interop bench fuzz soak venv clean
+.PHONY: demo test check interop nat bench fuzz soak venv clean
 .DEFAULT_GOAL := help
 
 VENV := .venv
@@ -25,7 +26,7 @@ done
 endef
 
 help:
-	@sed -n '1,9s/^# *//p' Makefile
+	@sed -n '1,10s/^# *//p' Makefile
 
 $(STAMP): pyproject.toml
 	@python=$$($(FIND_PYTHON)); \
@@ -44,7 +45,7 @@ demo: $(STAMP)
 	@$(VENV)/bin/lattica demo
 
 test: $(STAMP)
-	$(PYTHON) -m pytest -m 'not interop' --ignore=tests/interop --ignore=tests/bench --ignore=tests/fuzz
+	$(PYTHON) -m pytest -m 'not interop' --ignore=tests/interop --ignore=tests/bench --ignore=tests/fuzz --ignore=tests/nat
 
 check: $(STAMP)
 	$(PYTHON) -m ruff check .
@@ -53,6 +54,9 @@ check: $(STAMP)
 
 interop: $(STAMP)
 	$(PYTHON) -m pytest tests/interop
+
+nat: $(STAMP)
+	@$(PYTHON) tests/nat/run.py
 
 bench: $(STAMP)
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[bench]'

@@ -28,6 +28,8 @@ from lattica.identify import PROTOCOL_VERSION, IdentifyService
 from lattica.identity_file import load_or_create_key
 from lattica.interfaces import Transport
 from lattica.kad import KadService
+from lattica.nat import NatService
+from lattica.nat.observers import peer_observers, resolve_servers
 from lattica.peerstore import PERMANENT, PeerInfo
 from lattica.ping import PingService
 from lattica.punch import HolePuncher
@@ -40,6 +42,7 @@ from lattica.transports.quic import QuicTransport
 from lattica.transports.tcp import TcpTransport
 from lattica_protocols.keys import PrivateKey
 from lattica_protocols.multiaddr import Multiaddr
+from lattica_protocols.nat.behaviour import NatBehaviour
 from lattica_protocols.peer_id import PeerId
 from lattica_protocols.relay.admission import RelayLimits
 
@@ -75,6 +78,8 @@ class NodeConfig:
     kad_accept_any: bool = False
     """Store values of any key unvalidated, as the Rust lattica network does."""
     protocol_version: str = PROTOCOL_VERSION
+    stun_servers: Sequence[str] = ()
+    """HOST:PORT of STUN servers to ask besides our peers. What they say is trusted."""
     transports: Sequence[Literal["tcp", "quic"]] = ("tcp", "quic")
     relay_serve: bool = False
     """Carry other peers' connections. Of use only at a peer that others can reach."""
@@ -126,6 +131,8 @@ class Node:
             tcp=next((t for t in host.transports() if isinstance(t, TcpTransport)), None),
             quic=next((t for t in host.transports() if isinstance(t, QuicTransport)), None),
         )
+        self.nat = _nat_service(host)
+        """STUN and what it tells about our NATs; `None` without QUIC."""
         self.bootstrap = [Multiaddr.parse(text) for text in config.bootstrap]
 
     @property
@@ -142,6 +149,17 @@ class Node:
             if isinstance(event, PeerIdentified) and event.peer == peer:
                 return event.info
         raise ConnectError("the node is closing")
+
+    async def discover_nat(self, *, lifetimes: Sequence[float] = ()) -> NatBehaviour:
+        """What the NATs in front of us do, as connected peers and `stun_servers` see it. About 2 s.
+
+        `lifetimes`: seconds of silence after which mappings are looked at again, which takes as long.
+        Errors: `ConnectError` when nobody can be asked.
+        """
+        if self.nat is None:
+            raise ConnectError("STUN needs the quic transport")
+        servers = await resolve_servers(self.config.stun_servers)
+        return await self.nat.discover([*servers, *peer_observers(self.host)], lifetimes=lifetimes)
 
     async def find_peer(self, peer: PeerId) -> list[Multiaddr]:
         """Addresses of `peer`: those known, else from the DHT."""
@@ -187,6 +205,13 @@ class Node:
                 nursery.start_soon(self.punch.run)
             for addr in self.bootstrap:
                 nursery.start_soon(self._keep_bootstrapped, addr)
+
+
+def _nat_service(host: Host) -> NatService | None:
+    for transport in host.transports():
+        if isinstance(transport, QuicTransport):
+            return NatService(transport, host.nursery)
+    return None
 
 
 def _check(config: NodeConfig) -> None:

@@ -3,8 +3,25 @@
 `MemoryNetwork` gives transports for `/memory/N` addresses. Everything above the transport (sessions, negotiation,
 identify, Kademlia, RPC, content) is the code that runs in the daemon. Under `trio.testing.MockClock` latency costs
 no real time.
+
+`SimulatedInternet` is for machines that use UDP: hosts behind every kind of NAT (`BOXES`), with delay and loss, on an
+event heap without trio or sockets.
 """
 
+from lattica.testing.internet import SimHost, SimulatedInternet
 from lattica.testing.memory import MemoryNetwork, memory_pair, open_memory_host
+from lattica.testing.nat_boxes import BOXES, Box, BoxKind, Packet
+from lattica.testing.observers import SimObserver
 
-__all__ = ["MemoryNetwork", "memory_pair", "open_memory_host"]
+__all__ = [
+    "BOXES",
+    "Box",
+    "BoxKind",
+    "MemoryNetwork",
+    "Packet",
+    "SimHost",
+    "SimObserver",
+    "SimulatedInternet",
+    "memory_pair",
+    "open_memory_host",
+]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import trio
@@ -50,6 +51,8 @@ class QuicTransport(Transport):
         self._admission = Admission(self._credentials)
         self._endpoints: list[Endpoint] = []
         self._on_connection: dict[Endpoint, OnConnection] = {}
+        self.on_endpoint: Callable[[Endpoint], None] | None = None
+        """Called with each socket that is opened from now on: STUN wants its datagrams."""
 
     @property
     def endpoints(self) -> list[Endpoint]:
@@ -102,6 +105,8 @@ class QuicTransport(Transport):
     def _open(self, family: socket.AddressFamily, host: str, port: int) -> Endpoint:
         endpoint = Endpoint(UdpSocket(family, host, port), self._credentials, self._admission, self._accepted)
         self._endpoints.append(endpoint)
+        if self.on_endpoint is not None:
+            self.on_endpoint(endpoint)
         self._nursery.start_soon(endpoint.run)
         return endpoint
 

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from lattica_protocols.peer_id import PeerId
 
 OnOtherDatagram = Callable[[bytes, Address], None]
+OnStunDatagram = Callable[[bytes, Address, bytes | None], None]
+"""The last is what `send_datagram` needs to answer from the address that the datagram was sent to."""
 
 _READS_PER_TURN = 32
 """Then the pump and the readers of streams get a turn."""
@@ -56,7 +58,7 @@ class Endpoint:
         self.socket = socket
         self.local_addr = to_multiaddr(socket.address)
         self.accepting = False
-        self.on_other_datagram: OnOtherDatagram | None = None
+        self.on_other_datagram: OnStunDatagram | None = None
         """Gets each datagram that is not QUIC (STUN), with the sender's address. Must not raise."""
         self.on_probe: OnOtherDatagram | None = None
         """The same for hole punching's datagrams."""
@@ -110,10 +112,10 @@ class Endpoint:
         self.transmit_now(link)
         return link
 
-    def send_datagram(self, data: bytes, addr: Address) -> None:
+    def send_datagram(self, data: bytes, addr: Address, source: bytes | None = None) -> None:
         """Send something that is not QUIC: STUN, or noise that opens a NAT. Lost silently like any datagram."""
         if not self.closed:
-            self.socket.send([(data, addr)], None, _ignore)
+            self.socket.send([(data, addr)], source, _ignore)
 
     def send_short_lived(self, data: bytes, addr: Address, hops: int) -> None:
         """Send something that dies after `hops` hops: it opens our own NAT and reaches no other box."""
@@ -175,7 +177,7 @@ class Endpoint:
                 if not datagrams:
                     self._handle_errors()
                 for data in datagrams:
-                    link = self._dispatch(data, addr, now)
+                    link = self._dispatch(data, addr, source, now)
                     if link is not None:
                         link.source = source
                         touched.add(link)
@@ -192,13 +194,13 @@ class Endpoint:
                 link.send_failed(error)
                 self.schedule(link)
 
-    def _dispatch(self, data: bytes, addr: Address, now: float) -> QuicLink | None:
+    def _dispatch(self, data: bytes, addr: Address, source: bytes | None, now: float) -> QuicLink | None:
         """Give one datagram to its connection, and return that."""
         if not data:
             return None
         if not data[0] & _FIXED_BIT:
             if data[0] <= _MAX_STUN_FIRST_BYTE and self.on_other_datagram is not None:
-                self.on_other_datagram(data, addr)
+                self.on_other_datagram(data, addr, source)
             elif data[0] == PROBE_FIRST_BYTE and self.on_probe is not None:
                 self.on_probe(data, addr)
             return None

@@ -346,6 +346,52 @@ MAX_CHUNKS_IN_FLIGHT = 128
 MAX_FETCH_SOURCES = 16
 """Sources of one fetch that send at a time. Each fills a chunk buffer of its own."""
 
+# -- STUN ---------------------------------------------------------------------------------------------------------
+STUN_MAX_MESSAGE_BYTES = 1280
+"""The smallest MTU of IPv6, which RFC 8489 section 6.1 asks requests to stay below. Ours have 100 bytes."""
+
+STUN_MAX_ATTRIBUTES = 32
+"""Attributes of one message. The richest that exist, TURN's and ICE's, have about 12."""
+
+STUN_REQUESTS_PER_SECOND = 20.0
+"""Requests that we answer for one IPv4 address or IPv6 /64 in the long run: a discovery sends about 40, once in
+minutes, and several peers may be behind one NAT."""
+
+STUN_REQUEST_BURST = 120
+"""Of these at once: three discoveries."""
+
+STUN_TOTAL_PER_SECOND = 2000.0
+"""Answers to all strangers together: 200 kB/s, and about a tenth of a core."""
+
+STUN_MAX_SOURCES = 4096
+"""Addresses whose budget is remembered; the one that asked least recently makes room."""
+
+STUN_MAX_TRANSACTIONS = 512
+"""Requests of ours that wait for their answer: a birthday attempt asks once for each of 256 sockets."""
+
+# -- NATs ---------------------------------------------------------------------------------------------------------
+NAT_MAX_OBSERVERS = 7
+"""Asked in one discovery: two of them may lie. Each costs about six datagrams."""
+
+NAT_MAX_LIFETIMES = 6
+"""Idle times tested at once: two sockets each."""
+
+NAT_MAX_TARGETS = 8
+"""Addresses of a partner that are probed in turn: at 20 rounds a second 160 packets of 52 bytes, for 2 s."""
+
+NAT_MAX_PROBES = 4096
+"""Packets of one attempt, whatever it tries: 200 kB."""
+
+NAT_PROBES_PER_SECOND = 100.0
+"""Of a birthday attempt, each side. Tailscale's rate; small home routers drop bursts of new flows."""
+
+NAT_MAX_ANSWERS = 512
+"""Answers to signed probes in one attempt: a partner that sends more plays tricks."""
+
+NAT_MAX_STRANGERS = 4
+"""Probes in one attempt to addresses that signed probes came from and that the partner has not proven to hold: a
+carrier's NAT may use another address for a new mapping, a forger would like us to hit somebody."""
+
 # -- local socket -------------------------------------------------------------------------------------------------
 LOCAL_FD_OVER = 128 << 10
 """Longer tails go as memory, not through the socket. Below it the system calls cost as much as the copies."""

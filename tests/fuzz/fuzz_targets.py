@@ -20,6 +20,7 @@ from typing import Any
 
 import fuzz_corpus as corpus
 import fuzz_machines as machines
+import fuzz_nat as nat
 import fuzz_relay
 from cryptography import x509
 from fuzz_mutation import mutate
@@ -33,10 +34,12 @@ from lattica_protocols.kad.records import Validators
 from lattica_protocols.kad.store import ValueStore
 from lattica_protocols.multiaddr import Multiaddr
 from lattica_protocols.multihash import Multihash
+from lattica_protocols.nat.probe import encode_probe
 from lattica_protocols.noise import NoiseOpener, NoiseSealer
 from lattica_protocols.peer_id import PeerId
 from lattica_protocols.peer_record import PEER_RECORD_DOMAIN, PEER_RECORD_TYPE
 from lattica_protocols.protobuf import Message
+from lattica_protocols.stun import Attribute, MessageType, StunMessage
 
 FURTHER_MODULES = ["lattica.rpc.status"]
 """Outside of `lattica_protocols`, with parsers that need no I/O."""
@@ -47,13 +50,18 @@ INSTANCES: dict[type, Callable[[bytes], Any]] = {
     Identify: lambda data: Identify(signed_peer_record=data),
     NoiseOpener: lambda data: NoiseOpener(bytes(32)),
     ValueStore: lambda data: ValueStore(Validators()),
+    StunMessage: lambda data: StunMessage(MessageType.SUCCESS, bytes(12), ((Attribute.OTHER_ADDRESS, data),)),
 }
 """How to get an object whose methods parse; classes made from nothing or from bytes need no entry."""
+
+DRIVERS = [*machines.DRIVERS, *nat.DRIVERS]
 
 LENGTHS = {"lattica_protocols.blobs.messages.decode_header_untrusted": messages.HEADER.size}
 """Functions that are documented to take exactly so many bytes."""
 
 NAMED_VALUES: dict[str, Sequence[Any]] = {
+    "attribute": [Attribute.OTHER_ADDRESS],
+    "transaction_id": [None, bytes(12)],
     "domain": [PEER_RECORD_DOMAIN],
     "payload_type": [PEER_RECORD_TYPE],
     "accepted": [messages.TO_SERVER, messages.TO_CLIENT],
@@ -69,6 +77,12 @@ def _sealed() -> bytes:
 
 
 SEEDS: dict[str, Callable[[], list[tuple[bytes, ...]]]] = {
+    "lattica_protocols.stun.decode_message_untrusted": lambda: [(message,) for message in nat.stun_messages()],
+    "lattica_protocols.nat.probe.decode_probe_untrusted": lambda: [
+        (encode_probe(key, bytes(12)), key) for key in (bytes(32),)
+    ],
+    "lattica_protocols.stun.decode_address_untrusted": lambda: [(address,) for address in nat.addresses()],
+    "lattica_protocols.stun.StunMessage.address_untrusted": lambda: [(address,) for address in nat.addresses()],
     "lattica_protocols.noise.NoiseOpener.open_untrusted": lambda: [(b"", _sealed())],
     "lattica_protocols.blobs.messages.decode_ranges_untrusted": lambda: [
         (messages.encode_ranges([(0, 2), (3, 1)]),),

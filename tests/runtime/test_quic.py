@@ -311,7 +311,7 @@ def test_stun_goes_to_its_handler(run: Run) -> None:
         async with open_pair() as pair:
             seen: list[tuple[bytes, Address]] = []
             endpoint = pair.listener.endpoint
-            endpoint.on_other_datagram = lambda data, addr: seen.append((data, addr))
+            endpoint.on_other_datagram = lambda data, addr, source: seen.append((data, addr))
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
                 other.bind(("127.0.0.1", 0))
                 other.setblocking(False)

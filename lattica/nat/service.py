@@ -1,0 +1,219 @@
+"""STUN on the node's own UDP sockets, and what it tells about the NATs in front of us.
+
+Every node answers STUN at the port where it speaks QUIC, and at one more port for each address family, so that others
+can see what their NAT lets in. What it asks itself leaves from the QUIC port, whose mapping is the one that matters.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import random
+import socket
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import trio
+
+from lattica.errors import ConnectError
+from lattica.listen_addrs import interface_ips
+from lattica.nat.runner import DatagramMachine, MachineRun, plain_address
+from lattica.nat.udp_port import UdpPort
+from lattica.transports.quic_engine import Address
+from lattica_protocols.nat.behaviour import NatBehaviour
+from lattica_protocols.nat.discovery import BehaviourKnown, Discovery, Observer
+from lattica_protocols.stun import SocketAddr
+from lattica_protocols.stun_server import StunReply, StunServer
+
+if TYPE_CHECKING:
+    from lattica.transports.quic import QuicTransport
+    from lattica.transports.quic_endpoint import Endpoint
+
+log = logging.getLogger("lattica.nat")
+
+_ADDRESSES_FOR = 60.0
+"""Seconds that the list of our own addresses is used before it is read again."""
+
+
+class NatService:
+    """One for each node; made before the first address is listened on."""
+
+    def __init__(self, transport: QuicTransport, nursery: trio.Nursery, *, answer: bool = True) -> None:
+        self.server = StunServer()
+        self.answer = answer
+        """Whether strangers' requests are answered."""
+        self.behaviour = NatBehaviour()
+        """The newest verdict."""
+        self._transport = transport
+        self._nursery = nursery
+        self._rng = random.SystemRandom()
+        self._runs: list[MachineRun] = []
+        self._other_ports: dict[Endpoint, UdpPort] = {}
+        self._own_ips: tuple[float, list[str]] = (-_ADDRESSES_FOR, [])
+        transport.on_endpoint = self._attach
+        for endpoint in transport.endpoints:
+            self._attach(endpoint)
+
+    # -- asking -------------------------------------------------------------------------------------------------------
+    async def discover(
+        self,
+        observers: Sequence[Observer],
+        *,
+        lifetimes: Sequence[float] = (),
+        on_known: Callable[[BehaviourKnown], None] = lambda known: None,
+    ) -> NatBehaviour:
+        """Find out what the NATs in front of us do; about 2 s, or as long as the longest of `lifetimes`.
+
+        `on_known` gets verdicts that are not final, the first after about a round trip. `ConnectError` when there is
+        nobody to ask.
+        """
+        if not observers:
+            raise ConnectError("nobody is known who could see our address")
+        endpoint = self._transport.endpoint_for(observers[0].addr)
+        last: list[BehaviourKnown] = []
+
+        def on_event(event: object) -> bool:
+            assert isinstance(event, BehaviourKnown)
+            last[:] = [event]
+            self.behaviour = event.behaviour
+            on_known(event)
+            return event.final
+
+        locals_ = self._own_address_for(endpoint, observers[0].addr)
+        async with trio.open_nursery() as nursery:
+            run = MachineRun(endpoint, nursery, on_event)
+
+            def local_of(number: int) -> SocketAddr | None:
+                bound = run.local_addr(number)
+                return bound if bound is None or locals_ is None else (locals_, bound[1])
+
+            machine = Discovery(
+                observers, self._rng, trio.current_time(), local_of=local_of, lifetimes=lifetimes
+            )
+            await self.run_machine(machine, run)
+            nursery.cancel_scope.cancel()
+        behaviour = last[-1].behaviour
+        log.info(
+            "nat_known mapping=%s filtering=%s ports=%s hairpin=%s mapped=%s",
+            behaviour.mapping.value,
+            behaviour.filtering.value,
+            behaviour.allocation.ports.value,
+            behaviour.hairpin,
+            behaviour.mapped,
+        )
+        return behaviour
+
+    async def run_machine(self, machine: DatagramMachine[object], run: MachineRun) -> None:
+        """Run a machine whose socket 0 is one of the QUIC transport's."""
+        self._runs.append(run)
+        try:
+            await run.run(machine)
+        finally:
+            self._runs.remove(run)
+
+    # -- answering ----------------------------------------------------------------------------------------------------
+    def _attach(self, endpoint: Endpoint) -> None:
+        endpoint.on_other_datagram = partial(self._received, endpoint)
+
+    def _received(self, endpoint: Endpoint, data: bytes, addr: Address, source: bytes | None) -> None:
+        for run in self._runs:
+            if run.endpoint is endpoint and run.receive(0, data, addr):
+                return
+        if not self.answer:
+            return
+        local = endpoint.socket.address
+        arrived_at = _address_in(source, endpoint.socket.family) or (None if endpoint.socket.is_wildcard else local[0])
+        port = self._other_port(endpoint)
+        origin = None if arrived_at is None else (arrived_at, local[1])
+        reply = self._reply(data, addr, origin, None if port is None else port.address[1])
+        if reply is None:
+            return
+        if port is not None and (reply.other_port or reply.other_ip):
+            self._send_from_elsewhere(reply, endpoint, port, arrived_at, addr)
+        else:
+            endpoint.send_datagram(reply.data, (*reply.to, *addr[2:]), source)
+
+    def _received_elsewhere(self, endpoint: Endpoint, data: bytes, addr: Address) -> None:
+        """A request at the other port: answered from there, without further choice."""
+        reply = self._reply(data, addr, None, None) if self.answer else None
+        port = self._other_ports.get(endpoint)
+        if reply is not None and port is not None:
+            port.send(reply.data, (*reply.to, *addr[2:]))
+
+    def _reply(
+        self, data: bytes, addr: Address, origin: SocketAddr | None, other_port: int | None
+    ) -> StunReply | None:
+        other = None
+        if origin is not None and other_port is not None:
+            other = (self._other_ip(origin[0]), other_port)
+        return self.server.receive_request(data, plain_address(addr), trio.current_time(), origin=origin, other=other)
+
+    def _send_from_elsewhere(
+        self, reply: StunReply, endpoint: Endpoint, port: UdpPort, arrived_at: str | None, addr: Address
+    ) -> None:
+        host = arrived_at
+        if reply.other_ip and arrived_at is not None:
+            host = self._other_ip(arrived_at)
+        source = None if host is None else ipaddress.ip_address(host).packed
+        to = (*reply.to, *addr[2:])
+        if reply.other_port:
+            port.send(reply.data, to, source=source)
+        elif source is not None:
+            endpoint.send_datagram(reply.data, to, _pktinfo(source))
+
+    def _other_port(self, endpoint: Endpoint) -> UdpPort | None:
+        """The further socket beside `endpoint`; opened when it is first needed."""
+        port = self._other_ports.get(endpoint)
+        if port is None:
+            bound = endpoint.socket
+            try:
+                port = UdpPort(bound.family, bound.address[0], 0, partial(self._received_elsewhere, endpoint))
+            except OSError as error:
+                log.warning("stun_other_port_missing error=%s", error)
+                return None
+            self._other_ports[endpoint] = port
+            self._nursery.start_soon(port.run)
+        return port
+
+    def _other_ip(self, host: str) -> str:
+        """Another address of ours that is as public as `host`; itself when there is none."""
+        mine = ipaddress.ip_address(host)
+        for text in self._ips():
+            other = ipaddress.ip_address(text)
+            if other == mine or other.is_loopback or mine.is_loopback:
+                continue
+            if (other.version, other.is_private) == (mine.version, mine.is_private):
+                return text
+        return host
+
+    def _ips(self) -> list[str]:
+        read, ips = self._own_ips
+        now = trio.current_time()
+        if now - read >= _ADDRESSES_FOR:
+            ips = [str(ip) for ip in interface_ips()]
+            self._own_ips = now, ips
+        return ips
+
+    def _own_address_for(self, endpoint: Endpoint, remote: SocketAddr) -> str | None:
+        """The address from which the system would send to `remote`."""
+        if not endpoint.socket.is_wildcard:
+            return plain_address(endpoint.socket.address)[0]
+        with socket.socket(endpoint.socket.family, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.connect(remote)  # sends nothing
+            except OSError:
+                return None
+            return plain_address(probe.getsockname())[0]
+
+
+def _address_in(source: bytes | None, family: socket.AddressFamily) -> str | None:
+    """The IP address in what `UdpSocket.receive` returns for answering."""
+    if source is None:
+        return None
+    packed = source[4:8] if family == socket.AF_INET else source[:16]
+    return str(ipaddress.ip_address(packed))
+
+
+def _pktinfo(packed: bytes) -> bytes:
+    return bytes(4) + packed + bytes(4) if len(packed) == 4 else packed + bytes(4)

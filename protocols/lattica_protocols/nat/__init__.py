@@ -1,0 +1,1 @@
+"""Getting through NATs: finding out what they do, and opening them."""
