@@ -488,6 +488,11 @@ class Graph:
             self._recount(admission)
         return admission
 
+    def restore_forks(self, forks: Iterable[Fork]) -> None:
+        """Put back proofs that were checked, into a graph that has no operations yet."""
+        for fork in forks:
+            self._take_fork(fork)
+
     def _take_fork(self, fork: Fork) -> Fork | None:
         known = self.forks.get(fork.author)
         place = known.place if known is not None else self.floor.excluded.get(fork.author)

@@ -25,7 +25,6 @@ from lattica_protocols.errors import LocalProtocolError, RemoteProtocolError
 from lattica_protocols.keys import PrivateKey
 from lattica_protocols.limits import REPLICA_MAX_PARENTS, REPLICA_MAX_UPDATE_BYTES
 from lattica_protocols.replica.checkpoint import Checkpoint, vector_of
-from lattica_protocols.replica.errors import NotYet
 from lattica_protocols.replica.floor import COVERED_PREFIX, ChainEnd, Floor
 from lattica_protocols.replica.genesis import Genesis
 from lattica_protocols.replica.graph import Admission, Entry, Fork, Graph, client_id, forked_client
@@ -133,6 +132,11 @@ class Replica:
         Raises `RemoteProtocolError` for a damaged one; those before it are loaded.
         """
         contained, state = snapshot
+        proofs = []
+        for pair in forks:
+            first, second = (Operation.decode_untrusted(data, self.space) for data in pair)
+            proofs.append(Fork(first, second))
+        self.graph.restore_forks(proofs)
         if contained:
             self.doc.apply_update(state)
         number = 0
@@ -142,9 +146,6 @@ class Replica:
             self._apply(self.graph.admit(op, None, span=(start, end)), save=False, document=number > contained)
         if number < contained:
             self._rebuild()
-        for first, second in forks:
-            ops = [Operation.decode_untrusted(data, self.space) for data in (first, second)]
-            self._apply(self.graph.add_fork_untrusted(Fork(*ops)), save=False)
 
     def _apply(self, admission: Admission, *, save: bool = True, document: bool = True) -> Admission:
         if save:
@@ -364,11 +365,7 @@ class Replica:
         old = self.graph
         self.checkpoint = checkpoint
         self.graph = Graph(self.space, self.genesis.owner, self.genesis.writers, checkpoint.floor)
-        for fork in old.forks.values():
-            try:
-                self.graph.add_fork_untrusted(fork)
-            except NotYet:
-                continue
+        self.graph.restore_forks(old.forks.values())
         for entry in old.entries.values():
             try:
                 self.graph.admit(entry.op, None, span=(entry.start, entry.end))
@@ -390,18 +387,15 @@ class Replica:
                 save=False,
             )
         refused = []
-        for fork in self.graph.forks.values():
-            try:
-                fresh.graph.add_fork_untrusted(Fork(*_again(self.space, fork.first, fork.second)))
-            except NotYet:
-                continue  # comes up again by itself when its author's operations do
+        forks = [Fork(*_again(self.space, fork.first, fork.second)) for fork in self.graph.forks.values()]
+        for fork in forks:
+            fork.check_untrusted(self.space)
+        fresh.graph.restore_forks(forks)
         for entry in self.graph.entries.values():
             try:
                 fresh.receive_operation(_again(self.space, entry.op)[0], entry.op.time)
             except RemoteProtocolError as error:
                 refused.append((entry.op.id, str(error)))
-        for fork in self.graph.forks.values():
-            fresh.receive_fork(Fork(*_again(self.space, fork.first, fork.second)))
         equal = fresh.value() == self.value() and fresh.root() == self.root()
         return Verified(len(self.tree), tuple(refused), equal)
 
