@@ -1,4 +1,4 @@
-"""A whole peer: host, transports, identify, ping, Kademlia, RPC and content, assembled.
+"""A whole peer: host, transports, identify, ping, Kademlia, RPC, content and spaces, assembled.
 
     async with lattica.open_node(lattica.NodeConfig(home=Path("~/.local/state/lattica").expanduser())) as node:
         node.rpc.serve("expert", Expert())
@@ -30,6 +30,7 @@ from lattica.interfaces import Transport
 from lattica.kad import KadService
 from lattica.peerstore import PERMANENT, PeerInfo
 from lattica.ping import PingService
+from lattica.replica import SpaceService, SpaceStore
 from lattica.rpc import RpcService
 from lattica.transports.quic import QuicTransport
 from lattica.transports.tcp import TcpTransport
@@ -76,7 +77,9 @@ class NodeConfig:
 class Node:
     """A running peer and its services."""
 
-    def __init__(self, host: Host, config: NodeConfig, datastore: Datastore, store: BlobStore) -> None:
+    def __init__(
+        self, host: Host, config: NodeConfig, datastore: Datastore, store: BlobStore, spaces: SpaceStore
+    ) -> None:
         self.host = host
         self.config = config
         self.datastore = datastore
@@ -92,6 +95,7 @@ class Node:
         host.find_addrs = self.kad.find_peer
         self.rpc = RpcService(host)
         self.blobs = BlobService(host, self.kad, store)
+        self.spaces = SpaceService(host, self.kad, spaces)
         self.bootstrap = [Multiaddr.parse(text) for text in config.bootstrap]
 
     @property
@@ -139,6 +143,7 @@ class Node:
             nursery.start_soon(lambda: self.identify.run(unix_now=int(time.time())))
             nursery.start_soon(self.kad.run)
             nursery.start_soon(self.blobs.run)
+            nursery.start_soon(self.spaces.run)
             for addr in self.bootstrap:
                 nursery.start_soon(self._keep_bootstrapped, addr)
 
@@ -174,13 +179,17 @@ async def open_node(config: NodeConfig | None = None) -> AsyncIterator[Node]:
     key = config.key
     if key is None:
         key = PrivateKey.generate(os.urandom(32)) if home is None else load_or_create_key(home / "identity.key")
-    with Datastore.open(None if home is None else home / "lattica.db") as datastore, BlobStore.open(home) as store:
+    with (
+        Datastore.open(None if home is None else home / "lattica.db") as datastore,
+        BlobStore.open(home) as store,
+        SpaceStore.open(home) as spaces,
+    ):
         async with open_host(
             key,
             lambda host: _transports(config, host),
             announce=[Multiaddr.parse(text) for text in config.announce],
         ) as host:
-            node = Node(host, config, datastore, store)
+            node = Node(host, config, datastore, store, spaces)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(node.run)
                 for text in config.listen:

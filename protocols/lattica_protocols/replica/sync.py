@@ -92,6 +92,8 @@ class ReplicaSync(Generic[Peer]):
         self.presence_info: bytes | None = None
         """What we announce about ourselves; None: nothing."""
         self.counters: Counter[str] = Counter()
+        self.in_step = False
+        """The last neighbour that compared had exactly what we have."""
         self._rng = rng
         self._neighbours: dict[Peer, _Neighbour] = {}
         self._pending: OrderedDict[bytes, tuple[Operation, Peer]] = OrderedDict()
@@ -128,6 +130,10 @@ class ReplicaSync(Generic[Peer]):
 
     def neighbours(self) -> list[Peer]:
         return list(self._neighbours)
+
+    def compare(self, peer: Peer) -> None:
+        """Compare with a neighbour now."""
+        self._send_hello(peer)
 
     def push(self, operations: Iterable[Operation]) -> None:
         """Tell the neighbours of operations that were made here."""
@@ -228,7 +234,11 @@ class ReplicaSync(Generic[Peer]):
     ) -> None:
         if digest == self.digest():
             neighbour.fruitless = 0
+            if not self.in_step:
+                self.in_step = True
+                self._send_hello(peer)
             return
+        self.in_step = False
         own = self.replica.checkpoint
         if checkpoint != self._checkpoint_id():
             if self._ranks_above(number, checkpoint):
