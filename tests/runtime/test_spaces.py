@@ -69,7 +69,9 @@ def test_changes_are_watched(run, tmp_path: Path) -> None:
     async def main() -> None:
         async with two_nodes(tmp_path) as (one, two):
             space = await one.spaces.create("roster", [two.peer_id])
+            space["a"] = 0
             other = await two.spaces.join(space.id)
+            await until_equal(space, other)
             seen = []
 
             async def watch(task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:

@@ -45,6 +45,7 @@ class ProcessControl:
             "received_bytes": daemon.traffic.received(connections),
             "store": daemon.store_summary(),
             "dht": node.kad.info(),
+            "spaces": daemon.spaces_summary(),
             "services": sorted(daemon.offered_services()),
             "counters": dict(sorted(host.counters.items())),
         }

@@ -14,12 +14,13 @@ the root (from a member that the verifier trusts for it) that the members took t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgpack
 
 from lattica_protocols.errors import LocalProtocolError, RemoteProtocolError
 from lattica_protocols.limits import REPLICA_MAX_OPERATION_BYTES, REPLICA_MAX_PROOF_BYTES, REPLICA_MAX_WRITERS
+from lattica_protocols.replica.contents import read_contents_untrusted
 from lattica_protocols.replica.genesis import Genesis
 from lattica_protocols.replica.operation import Kind, Operation
 from lattica_protocols.replica.replica import root_of
@@ -119,3 +120,10 @@ def _checked_untrusted(data: object, genesis: Genesis) -> Operation:
     if not operation.check_signature(genesis.id):
         raise RemoteProtocolError("an operation in the proof has a wrong signature")
     return operation
+
+
+def changes_of(operation: Operation) -> list[dict[str, Any]]:
+    """What an operation writes, as far as its own bytes show: `[{container, key, value}]`."""
+    if operation.kind != Kind.EDIT:
+        return [{"container": None, "key": Kind(operation.kind).name.lower(), "value": operation.body.hex()}]
+    return [written._asdict() for written in read_contents_untrusted(operation.body)] if operation.body else []

@@ -114,7 +114,7 @@ def is_container(name: str) -> bool:
     return len(name) > 2 and name[0] in CONTAINER_KINDS and name[1] == ":"
 
 
-def _uint(data: bytes, at: int) -> tuple[int, int]:
+def read_uint(data: bytes, at: int) -> tuple[int, int]:
     byte = data[at]
     at += 1
     if byte < 0x80:
@@ -135,14 +135,14 @@ def _uint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _bytes(data: bytes, at: int) -> tuple[bytes, int]:
-    length, at = _uint(data, at)
+    length, at = read_uint(data, at)
     end = at + length
     if end > len(data):
         raise RemoteProtocolError("update that is cut off")
     return data[at:end], end
 
 
-def _text(data: bytes, at: int) -> tuple[str, int]:
+def read_text(data: bytes, at: int) -> tuple[str, int]:
     raw, at = _bytes(data, at)
     try:
         return raw.decode(), at
@@ -152,8 +152,8 @@ def _text(data: bytes, at: int) -> tuple[str, int]:
 
 def _id(data: bytes, at: int, parsed: ParsedUpdate) -> int:
     """Note a reference to an item; the offset behind it."""
-    client, middle = _uint(data, at)
-    clock, end = _uint(data, middle)
+    client, middle = read_uint(data, at)
+    clock, end = read_uint(data, middle)
     if client >= MAX_CLIENT or clock >= MAX_CLOCK:
         raise RemoteProtocolError("reference out of range in an update")
     if client == parsed.client and clock >= parsed.end:
@@ -164,16 +164,16 @@ def _id(data: bytes, at: int, parsed: ParsedUpdate) -> int:
 
 
 def _read_structs(data: bytes, parsed: ParsedUpdate) -> int:
-    sections, at = _uint(data, 0)
+    sections, at = read_uint(data, 0)
     if sections == 0:
         return at
     if sections > 1:
         raise RemoteProtocolError("update with items of several clients")
-    count, at = _uint(data, at)
+    count, at = read_uint(data, at)
     if not 0 < count <= REPLICA_MAX_STRUCTS:
         raise RemoteProtocolError(f"update with {count} items")
-    client, middle = _uint(data, at)
-    clock, end = _uint(data, middle)
+    client, middle = read_uint(data, at)
+    clock, end = read_uint(data, middle)
     if not 0 < client < MAX_CLIENT:
         raise RemoteProtocolError("client id out of range in an update")
     parsed.client = client
@@ -196,15 +196,15 @@ def _read_struct(data: bytes, at: int, parsed: ParsedUpdate) -> tuple[int, int]:
     info = data[at]
     at += 1
     if info == _GC:
-        return _uint(data, at)
+        return read_uint(data, at)
     if info & 0x80:
         at = _id(data, at, parsed)
     if info & 0x40:
         at = _id(data, at, parsed)
     if not info & 0xC0:
-        named, at = _uint(data, at)
+        named, at = read_uint(data, at)
         if named == 1:
-            name, at = _text(data, at)
+            name, at = read_text(data, at)
             if not is_container(name) or len(name) > REPLICA_MAX_NAME_BYTES + 2:
                 raise RemoteProtocolError(f"{name[:40]!r} in an update is no container's name")
         elif named == 0:
@@ -212,37 +212,37 @@ def _read_struct(data: bytes, at: int, parsed: ParsedUpdate) -> tuple[int, int]:
         else:
             raise RemoteProtocolError("item in an update with an unknown kind of parent")
         if info & 0x20:
-            _, at = _text(data, at)
+            _, at = read_text(data, at)
     return _read_content(info & 0x1F, data, at)
 
 
 def _read_content(kind: int, data: bytes, at: int) -> tuple[int, int]:
     if kind == _ANY:
-        count, at = _uint(data, at)
+        count, at = read_uint(data, at)
         if count > len(data):
             raise RemoteProtocolError("update that is cut off")
         for _ in range(count):
             at = _skip_any(data, at, 0)
         return count, at
     if kind == _STRING:
-        text, at = _text(data, at)
+        text, at = read_text(data, at)
         return len(text) if text.isascii() else len(text.encode("utf-16-le")) // 2, at
     if kind == _DELETED:
-        return _uint(data, at)
+        return read_uint(data, at)
     if kind == _TYPE:
-        number, at = _uint(data, at)
+        number, at = read_uint(data, at)
         if number > 2:
             raise RemoteProtocolError(f"type {number} in an update: only array, map and text are shared types here")
         return 1, at
     if kind == _BINARY:
         return 1, _bytes(data, at)[1]
     if kind == _FORMAT:
-        _, at = _text(data, at)
+        _, at = read_text(data, at)
         return 1, _json(data, at)
     if kind == _EMBED:
         return 1, _json(data, at)
     if kind == _JSON:
-        count, at = _uint(data, at)
+        count, at = read_uint(data, at)
         if count > len(data):
             raise RemoteProtocolError("update that is cut off")
         for _ in range(count):
@@ -253,7 +253,7 @@ def _read_content(kind: int, data: bytes, at: int) -> tuple[int, int]:
 
 def _json(data: bytes, at: int) -> int:
     """A JSON text. Only plain words and numbers: nothing here writes others, and parsers differ in the rest."""
-    text, at = _text(data, at)
+    text, at = read_text(data, at)
     if text not in ("true", "false", "null") and not (text.isascii() and text.isdigit() and len(text) < 16):
         raise RemoteProtocolError("JSON in an update that is no plain word or number")
     return at
@@ -273,19 +273,19 @@ def _skip_any(data: bytes, at: int, depth: int) -> int:
             raise RemoteProtocolError("update that is cut off")
         return at
     if tag == 119:
-        return _text(data, at)[1]
+        return read_text(data, at)[1]
     if tag == 116:
         return _bytes(data, at)[1]
     if tag not in (117, 118):
         raise RemoteProtocolError(f"plain value of an unknown kind {tag} in an update")
     if depth >= REPLICA_MAX_DEPTH:
         raise RemoteProtocolError("plain values nested too deep in an update")
-    count, at = _uint(data, at)
+    count, at = read_uint(data, at)
     if count > len(data):
         raise RemoteProtocolError("update that is cut off")
     for _ in range(count):
         if tag == 118:
-            at = _text(data, at)[1]
+            at = read_text(data, at)[1]
         at = _skip_any(data, at, depth + 1)
     return at
 
@@ -298,16 +298,16 @@ def _skip_signed(data: bytes, at: int) -> int:
 
 
 def _read_deletions(data: bytes, at: int, parsed: ParsedUpdate) -> int:
-    clients, at = _uint(data, at)
+    clients, at = read_uint(data, at)
     total = 0
     for _ in range(clients):
-        client, at = _uint(data, at)
-        ranges, at = _uint(data, at)
+        client, at = read_uint(data, at)
+        ranges, at = read_uint(data, at)
         if client >= MAX_CLIENT or ranges > len(data):
             raise RemoteProtocolError("deletion out of range in an update")
         for _ in range(ranges):
-            clock, at = _uint(data, at)
-            length, at = _uint(data, at)
+            clock, at = read_uint(data, at)
+            length, at = read_uint(data, at)
             total += 1
             if not 0 < length < MAX_CLOCK or clock + length > MAX_CLOCK or total > REPLICA_MAX_STRUCTS:
                 raise RemoteProtocolError("deletion out of range in an update")
