@@ -44,7 +44,7 @@ def test_protocols_load_no_runtime() -> None:
     ],
 )
 def test_a_protocol_module_loads_no_io(module: str) -> None:
-    """Only two may: the packages `kademlia` and `pycrdt` import asyncio, and we use nothing but their data structures."""
+    """Only two may: the packages `kademlia` and `pycrdt` import asyncio, and we use only their data structures."""
     assert "asyncio" not in loaded_by(f"import {module}")
 
 

@@ -198,16 +198,14 @@ class SpaceControl:
         try:
             key = bytes.fromhex(operation)
         except ValueError:
-            raise InvalidArgument(
-                f"{operation!r} is not the id of an operation (`lattica space log` shows them)"
-            ) from None
+            raise InvalidArgument(f"{operation!r} is no id of an operation; `lattica space log` shows them") from None
         return {"operation": operation, "root": found.root().hex(), "proof": found.prove(key)}
 
     def _space(self, space: str) -> Space:
         return self._daemon.node.spaces.get(space)
 
 
-# -- edits of clients ---------------------------------------------------------------------------------------------------
+# -- edits of clients -------------------------------------------------------------------------------------------
 def _container(space: Space, kind: str, name: str) -> Any:
     makers: dict[str, Callable[[str], Any]] = {
         "map": space.map,
