@@ -102,6 +102,15 @@ class InvalidRecord(LatticaError):
     """A record has a wrong signature, publisher, sequence number or expiry."""
 
 
+# -- spaces -------------------------------------------------------------------------------------------------------
+class SpaceNotFound(LatticaError):
+    """The space is not on this peer, or nobody who was asked serves it."""
+
+
+class NotWriter(LatticaError):
+    """This peer has no right to write to the space; the message says who may give it."""
+
+
 # -- the daemon ---------------------------------------------------------------------------------------------------
 class DaemonNotRunning(LatticaError):
     """No daemon answers on the local socket."""

@@ -1,4 +1,4 @@
-"""A whole peer: host, transports, identify, ping, Kademlia, RPC and content, assembled.
+"""A whole peer: host, transports, identify, ping, Kademlia, RPC, content and spaces, assembled.
 
     async with lattica.open_node(lattica.NodeConfig(home=Path("~/.local/state/lattica").expanduser())) as node:
         node.rpc.serve("expert", Expert())
@@ -36,6 +36,7 @@ from lattica.punch import HolePuncher
 from lattica.relay import RelayClient, RelayServer
 from lattica.relay.client import RELAY_KEY
 from lattica.relay.need import watch_need
+from lattica.replica import SpaceService, SpaceStore
 from lattica.rpc import RpcService
 from lattica.transports.circuit import CircuitTransport
 from lattica.transports.quic import QuicTransport
@@ -98,7 +99,9 @@ class NodeConfig:
 class Node:
     """A running peer and its services."""
 
-    def __init__(self, host: Host, config: NodeConfig, datastore: Datastore, store: BlobStore) -> None:
+    def __init__(
+        self, host: Host, config: NodeConfig, datastore: Datastore, store: BlobStore, spaces: SpaceStore
+    ) -> None:
         self.host = host
         self.config = config
         self.datastore = datastore
@@ -133,6 +136,7 @@ class Node:
         )
         self.nat = _nat_service(host)
         """STUN and what it tells about our NATs; `None` without QUIC."""
+        self.spaces = SpaceService(host, self.kad, spaces)
         self.bootstrap = [Multiaddr.parse(text) for text in config.bootstrap]
 
     @property
@@ -203,6 +207,7 @@ class Node:
             nursery.start_soon(self.blobs.run)
             if self.config.punch:
                 nursery.start_soon(self.punch.run)
+            nursery.start_soon(self.spaces.run)
             for addr in self.bootstrap:
                 nursery.start_soon(self._keep_bootstrapped, addr)
 
@@ -245,13 +250,17 @@ async def open_node(config: NodeConfig | None = None) -> AsyncIterator[Node]:
     key = config.key
     if key is None:
         key = PrivateKey.generate(os.urandom(32)) if home is None else load_or_create_key(home / "identity.key")
-    with Datastore.open(None if home is None else home / "lattica.db") as datastore, BlobStore.open(home) as store:
+    with (
+        Datastore.open(None if home is None else home / "lattica.db") as datastore,
+        BlobStore.open(home) as store,
+        SpaceStore.open(home) as spaces,
+    ):
         async with open_host(
             key,
             lambda host: _transports(config, host),
             announce=[Multiaddr.parse(text) for text in config.announce],
         ) as host:
-            node = Node(host, config, datastore, store)
+            node = Node(host, config, datastore, store, spaces)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(node.run)
                 for text in config.listen:

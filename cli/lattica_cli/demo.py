@@ -2,7 +2,8 @@
 
 Three daemons as child processes in a temporary directory, on loopback and free ports: one everybody finds the others
 through, and two peers. A safetensors file is shared on one peer, found and fetched by the other, and compared; a worker
-of one peer is called with a tensor through the other. Everything is stopped and removed at the end, whatever happened.
+of one peer is called with a tensor through the other; a replicated value is written on one and read on the other.
+Everything is stopped and removed at the end, whatever happened.
 """
 
 from __future__ import annotations
@@ -102,8 +103,9 @@ def _run(stack: ExitStack, folder: Path, file: Path | None, megabytes: int, repo
         _wait_for_network(lat)
     _exchange(a, b, file, folder / "fetched.safetensors", report)
     _call(stack, alice, bob, b, report)
+    _replicate(a, b, alice, bob, report)
     result = report.result
-    result["ok"] = bool(result["sha256_equal"] and result["rpc_result_equal"])
+    result["ok"] = bool(result["sha256_equal"] and result["rpc_result_equal"] and result["space_equal"])
     if not result["ok"]:
         result["error"] = "what arrived is not what was sent"
 
@@ -189,6 +191,30 @@ def _call(stack: ExitStack, alice: ChildDaemon, bob: ChildDaemon, b: Any, report
     calls, seconds = _measure_calls(bob.home, alice.peer_id)
     result["rpc_calls_per_second"] = round(calls / seconds)
     tell(f"{calls / seconds:.0f} calls/s of 128 bytes, {CALLS_IN_FLIGHT} in flight, through both daemons to the worker")
+
+
+def _replicate(a: Any, b: Any, alice: ChildDaemon, bob: ChildDaemon, report: Report) -> None:
+    """Write a replicated value on alice, read it on bob; compare the roots of both after bob wrote, too."""
+    tell, result = report.tell, report.result
+    space = a.create_space("demo", writers=[bob.peer_id])["space"]
+    here, there = a.space(space), b.space(space)
+    written = {"model": result["cid"], "by": alice.peer_id}
+    here["current"] = written
+    started = time.monotonic()
+    b.join_space(space, timeout=CONNECT_TIMEOUT)
+    result["space"] = space
+    result["space_join_seconds"] = round(time.monotonic() - started, 3)
+    read = there["current"]
+    there.counter("reads").increment()
+    deadline = time.monotonic() + CONNECT_TIMEOUT
+    while (roots := [side.root()["root"] for side in (here, there)])[0] != roots[1] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    result["space_root"] = roots[0]
+    result["space_equal"] = bool(read == written and roots[0] == roots[1] and here.counter("reads").value() == 1)
+    tell(
+        f"alice wrote to a space, bob joined it in {result['space_join_seconds'] * 1e3:.0f} ms and read the value; the "
+        f"roots {'are equal' if result['space_equal'] else 'DIFFER'}: {roots[0][:16]}…"
+    )
 
 
 def _measure_calls(home: Path, peer: str) -> tuple[int, float]:

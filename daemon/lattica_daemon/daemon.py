@@ -85,6 +85,16 @@ class Daemon:
         blobs = [blob for blob in self.node.blobs.store.list() if blob.complete]
         return {"blobs": len(blobs), "bytes": sum(blob.bytes for blob in blobs)}
 
+    def spaces_summary(self) -> dict[str, Any]:
+        """`{spaces, operations, bytes, damaged}` of the replicated state here."""
+        spaces, store = self.node.spaces.list(), self.node.spaces.store
+        return {
+            "spaces": len(spaces),
+            "operations": sum(space.operations for space in spaces),
+            "bytes": store.stored_bytes(),
+            "damaged": store.damaged,
+        }
+
 
 class Traffic:
     """Bytes of all connections since the start, also of those that are gone."""

@@ -12,6 +12,7 @@ import anyio
 from lattica.client.async_handlers import HandlerTasks
 from lattica.client.async_items import OpenCall
 from lattica.client.async_link import AsyncLink, Waiter
+from lattica.client.spaces import SpaceHandle
 from lattica.client.verbs import DaemonVerbs, OnProgress
 from lattica.client.wire import (
     CONNECT_TIMEOUT,
@@ -209,6 +210,10 @@ class AsyncClient(DaemonVerbs):
 
     def daemon_stream(self, method: str, /, *args: object, timeout: float | None = None) -> AsyncIterator[Any]:
         return self.stream(None, f"{DAEMON}.{method}", *args, timeout=timeout)
+
+    def space(self, space: str) -> SpaceHandle:
+        """A space of the daemon, by id or name; its methods return awaitables. Asks nothing yet."""
+        return SpaceHandle(self, space)
 
     async def share(self, path: str | os.PathLike[str], *, progress: OnProgress | None = None) -> str:
         """Add a file or folder to the store, announce it, and return its content id."""

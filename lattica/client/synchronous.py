@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lattica.client.handlers import Request, check_methods, serve_requests
 from lattica.client.link import Link, Waiter
+from lattica.client.spaces import SyncSpaceHandle
 from lattica.client.streams import OpenCall
 from lattica.client.threads import HandlerThreads
 from lattica.client.verbs import DaemonVerbs, OnProgress
@@ -266,6 +267,10 @@ class Client(DaemonVerbs):
 
     def daemon_stream(self, method: str, /, *args: object, timeout: float | None = None) -> Iterator[Any]:
         return self.stream(None, f"{DAEMON}.{method}", *args, timeout=timeout)
+
+    def space(self, space: str) -> SyncSpaceHandle:
+        """A space of the daemon, by id or name, that reads like a dict. Asks nothing yet."""
+        return SyncSpaceHandle(self, space)
 
     def share(self, path: str | os.PathLike[str], *, progress: OnProgress | None = None) -> str:
         """Add a file or folder to the store, announce it, and return its content id."""

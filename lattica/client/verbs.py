@@ -144,6 +144,19 @@ class DaemonVerbs(ABC):
         """The routing table: `peers`, `buckets`."""
         return self.daemon("dht_info")
 
+    # -- spaces -------------------------------------------------------------------------------------------
+    def create_space(self, name: str, *, writers: Sequence[Peer] = ()) -> Any:
+        """A new space that this peer owns: `space`, its id. `writers` may write, too."""
+        return self.daemon("space_create", name, [str(peer) for peer in writers])
+
+    def join_space(self, space: str, *, peers: Sequence[Peer] = (), timeout: float = 30.0) -> Any:
+        """Hold a replica of a space, found through the network or at `peers`: `space`, `name`, `synced`."""
+        return self.daemon("space_join", space, [str(peer) for peer in peers], timeout, timeout=timeout + 30)
+
+    def spaces(self) -> Any:
+        """The spaces here: a list of `space`, `name`, `operations`, `writers`, `owners`, …"""
+        return self.daemon("space_list")
+
     # -- the daemon ---------------------------------------------------------------------------------------
     def config(self) -> Any:
         """The settings in force and where each came from."""

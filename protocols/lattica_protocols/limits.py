@@ -516,3 +516,91 @@ PUNCH_ATTEMPTS = 3
 
 PUNCH_ANSWERS_PER_MINUTE = 8
 """Attempts that one partner may start: two rounds of three, and two to spare."""
+
+# -- replicated state (/lattica/replica/1) ------------------------------------------------------------------------
+REPLICA_MAX_UPDATE_BYTES = 256 << 10
+"""The CRDT update of one operation. Shared state is small; whatever is larger belongs into a blob."""
+
+REPLICA_MAX_PARENTS = 256
+"""Links of one operation: as many as there can be writers, so that one operation can merge what all of them wrote."""
+
+REPLICA_MAX_WRITERS = 256
+"""Keys that may write at a time. Frontiers and version vectors have an entry for each."""
+
+REPLICA_MAX_INSTANCES = 64
+"""Chains of one author: one for each time that it lost its memory. Each costs every replica a version vector."""
+
+REPLICA_MAX_ADMIN_OPERATIONS = 1024
+"""Grants, removals and hand-overs between two checkpoints. What a writer may do is worked out from all of them."""
+
+REPLICA_MAX_OPERATION_BYTES = REPLICA_MAX_UPDATE_BYTES + REPLICA_MAX_PARENTS * 34 + 256
+"""The update, the links, and the rest (two keys' worth of bytes and numbers)."""
+
+REPLICA_MAX_STRUCTS = 65_536
+"""Items in one update: each becomes an object. 256 KiB hold at most about so many of the smallest."""
+
+REPLICA_MAX_DEPTH = 32
+"""Nesting of plain values inside an item: the decoders recurse."""
+
+REPLICA_MAX_NAME_BYTES = 128
+"""Name of a space, and of a container in it."""
+
+REPLICA_MAX_CLOCK_SKEW = 600
+"""Seconds that an operation's time may be ahead of ours. Clocks without NTP drift by minutes."""
+
+REPLICA_MAX_MESSAGE_BYTES = 1 << 20
+"""One message: a batch of operations is cut at half of it, and one operation of the largest size fits."""
+
+REPLICA_BATCH_BYTES = 256 << 10
+REPLICA_BATCH_OPERATIONS = 1024
+"""Operations in one message; a reader takes a batch in one transaction."""
+
+REPLICA_BATCHES_IN_FLIGHT = 4
+"""Batches sent before the first is acknowledged: 1 MiB covers 10 MB/s over a round trip of 100 ms."""
+
+REPLICA_MAX_PENDING = 2048
+REPLICA_MAX_PENDING_BYTES = 8 << 20
+"""Operations whose parents have not come yet, all neighbours of a space together. Somebody who withholds parents can
+fill no more than that; honest ones are asked for again by the next comparison."""
+
+REPLICA_MAX_PENDING_PER_PEER = 256
+"""Of these from one neighbour, so that one who withholds cannot push the others' out."""
+
+REPLICA_MAX_LIMBO = 4096
+"""Operations of excluded and removed authors that nobody's valid operation builds on, before they are forgotten."""
+
+REPLICA_MAX_TIPS = REPLICA_MAX_WRITERS * REPLICA_MAX_INSTANCES
+"""Chain ends in one frontier."""
+
+REPLICA_MAX_WANTED = 256
+"""Operations asked for by id in one message."""
+
+REPLICA_MAX_NEIGHBOURS = 16
+"""Peers with whom a space exchanges new operations at once; inbound ones included."""
+
+REPLICA_FANOUT = 6
+"""Neighbours that we look for ourselves. 20 replicas are then two hops from each other, 1,000 about five."""
+
+REPLICA_MAX_STATE_BYTES = 64 << 20
+"""The document in a checkpoint, held in memory whole."""
+
+REPLICA_MAX_COVERED = 4_000_000
+"""Operations that a checkpoint can say it replaces: 8 bytes each."""
+
+REPLICA_MAX_CHECKPOINT_BYTES = REPLICA_MAX_STATE_BYTES + 8 * REPLICA_MAX_COVERED + (4 << 20)
+"""A checkpoint with its state."""
+
+REPLICA_MAX_PRESENCE_BYTES = 1024
+"""What a member says about itself: a role, layers, a load."""
+
+REPLICA_MAX_PRESENT = 1024
+"""Members remembered as present. Writers, and readers that say hello."""
+
+REPLICA_PRESENCE_SECONDS = 30.0
+"""A member that was not heard of for so long is gone: three of its announcements were lost."""
+
+REPLICA_MAX_PROOF_BYTES = 64 << 10
+"""An inclusion proof: an operation of a few hundred bytes, grants, two Merkle paths."""
+
+REPLICA_MAX_SPACES_PER_PEER = 256
+"""Spaces that one neighbour can talk about on its stream."""

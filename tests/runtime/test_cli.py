@@ -19,12 +19,19 @@ from lattica_cli.main import exit_code, hoist_global_options, main
 
 PEER = "12D3KooWJrDiMu6uEsp5FSmiAPyNqCwiPdNQFVdWaMaP2fXYgqoF"
 CID = "bafkreifzjut3te7nhyekklss27nh3k72ysco7y32koao5eei66wof36n5e"
-COMMANDS = ("demo", "up", "status", "id", "peers", "peer", "share", "get", "providers", "blobs", "dht", "rpc", "bench")
+COMMANDS = (
+    *("demo", "up", "status", "id", "peers", "peer", "share", "get", "providers", "blobs", "dht", "rpc", "space"),
+    "bench",
+)
 GROUPS = {
     "peer": ("connect", "disconnect", "find", "ping", "allow", "block", "list-rules"),
     "blobs": ("list", "pin", "unpin", "verify", "gc", "remove"),
     "dht": ("put", "get", "info"),
     "rpc": ("call", "services"),
+    "space": (
+        *("create", "join", "list", "set", "get", "add-writer", "remove-writer", "log", "verify", "root", "checkpoint"),
+        *("hand-over", "leave", "delete", "show", "watch", "members", "prove", "verify-proof"),
+    ),
     "config": ("show", "check", "init"),
 }
 

@@ -16,6 +16,7 @@ from lattica_daemon.control.content import ContentControl
 from lattica_daemon.control.dht import DhtControl
 from lattica_daemon.control.peers import PeerControl
 from lattica_daemon.control.process import ProcessControl
+from lattica_daemon.control.spaces import SpaceControl
 
 if TYPE_CHECKING:
     from lattica_daemon.daemon import Daemon
@@ -30,6 +31,7 @@ def control_methods(daemon: Daemon) -> dict[str, Callable[..., Any]]:
         PeerControl(daemon),
         ContentControl(daemon),
         DhtControl(daemon),
+        SpaceControl(daemon),
         BenchControl(daemon),
     )
     methods: dict[str, Callable[..., Any]] = {}

@@ -46,6 +46,7 @@ class ProcessControl:
             "store": daemon.store_summary(),
             "dht": node.kad.info(),
             "relay": self._relay(),
+            "spaces": daemon.spaces_summary(),
             "services": sorted(daemon.offered_services()),
             "counters": dict(sorted(host.counters.items())),
         }

@@ -1,0 +1,95 @@
+"""Streams of `/lattica/replica/1`: one to each neighbour for what we send, the neighbour's for what it sends.
+
+A message is u32 length (big endian) || bytes. What does not fit a link's queue is dropped: every message stands alone,
+and the next comparison makes up for it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Callable
+from typing import TYPE_CHECKING
+
+import trio
+
+from lattica.errors import LatticaError
+from lattica_protocols.errors import ProtocolError, RemoteProtocolError
+from lattica_protocols.limits import REPLICA_MAX_MESSAGE_BYTES
+from lattica_protocols.replica import PROTOCOL
+
+if TYPE_CHECKING:
+    from lattica.host import Host
+    from lattica.interfaces import Stream
+    from lattica_protocols.peer_id import PeerId
+
+log = logging.getLogger("lattica.replica")
+
+MAX_QUEUED_BYTES = 16 << 20
+"""Bytes waiting for one neighbour: the batches in flight of 16 spaces."""
+LINK_IDLE = 300.0
+"""Seconds without a message to send after which a link's stream is closed."""
+SEND_TIMEOUT = 30.0
+"""Seconds a neighbour may take to accept what is queued."""
+
+
+class Link:
+    """What we send to one peer: a queue, and a task that empties it into a stream."""
+
+    def __init__(self, host: Host, peer: PeerId, lost: Callable[[PeerId], None]) -> None:
+        self._host = host
+        self._peer = peer
+        self._lost = lost
+        self._queue: list[bytes] = []
+        self._queued = 0
+        self._wake = trio.Event()
+        self.dropped = 0
+
+    def send(self, data: bytes) -> None:
+        """Queue a message; dropped when the peer is far behind."""
+        if self._queued + len(data) > MAX_QUEUED_BYTES:
+            self.dropped += 1
+            return
+        self._queue += [len(data).to_bytes(4, "big"), data]
+        self._queued += len(data)
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Send until the peer is gone or nothing was to be sent for long; tells `lost` at the end."""
+        stream: Stream | None = None
+        try:
+            while True:
+                with trio.move_on_after(LINK_IDLE) as idle:
+                    await self._wake.wait()
+                if idle.cancelled_caught:
+                    break
+                self._wake = trio.Event()
+                if stream is None:
+                    stream = await self._host.open_stream(self._peer, PROTOCOL)
+                queue, self._queue = self._queue, []
+                self._queued = 0
+                stream.write(*queue)
+                with trio.fail_after(SEND_TIMEOUT):
+                    await stream.drain()
+        except (LatticaError, ProtocolError, trio.TooSlowError) as error:
+            log.debug("replica_link_lost peer=%s error=%s", self._peer.short(), error)
+        finally:
+            if stream is not None:
+                stream.reset()
+            self._lost(self._peer)
+
+
+async def receive_messages(stream: Stream) -> AsyncGenerator[bytes, None]:
+    """The messages of an inbound stream, until the peer ends it."""
+    buffer = bytearray()
+    while data := await stream.receive_some(1 << 18):
+        buffer += data
+        at = 0
+        while len(buffer) - at >= 4:
+            length = int.from_bytes(buffer[at : at + 4], "big")
+            if length > REPLICA_MAX_MESSAGE_BYTES:
+                raise RemoteProtocolError(f"message of {length} bytes is over {REPLICA_MAX_MESSAGE_BYTES}")
+            if len(buffer) - at < 4 + length:
+                break
+            yield bytes(buffer[at + 4 : at + 4 + length])
+            at += 4 + length
+        del buffer[:at]

@@ -1,0 +1,440 @@
+"""Spaces for the rest of the node: create, join, find; and the loop that drives their machines.
+
+    async with trio.open_nursery() as nursery:
+        service = SpaceService(host, kad, store)
+        nursery.start_soon(service.run)
+        space = await service.create("roster")
+
+Members find each other through provider records of the space's id, and by asking connected peers that speak the
+protocol. A space talks to up to 6 neighbours of its own choice, and to those that chose us.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import trio
+
+from lattica.errors import InvalidArgument, LatticaError, SpaceNotFound, StorageError
+from lattica.host import PeerDisconnected, PeerIdentified
+from lattica.replica.links import Link, receive_messages
+from lattica.replica.space import Space, key_of
+from lattica_protocols.errors import RemoteProtocolError
+from lattica_protocols.limits import REPLICA_FANOUT, REPLICA_MAX_NEIGHBOURS
+from lattica_protocols.peer_id import PeerId
+from lattica_protocols.replica import PROTOCOL
+from lattica_protocols.replica.genesis import Genesis, parse_space, provider_key, space_text
+from lattica_protocols.replica.messages import Kind, Message, decode_message_untrusted, encode_message
+from lattica_protocols.replica.operation import Operation
+from lattica_protocols.replica.replica import Replica
+from lattica_protocols.replica.sync import ReplicaSync, decode_operations_untrusted
+
+if TYPE_CHECKING:
+    from lattica.host import Host
+    from lattica.interfaces import Stream
+    from lattica.kad import KadService
+    from lattica.replica.store import SpaceStore, StoredSpace
+
+log = logging.getLogger("lattica.replica")
+
+JOIN_TIMEOUT = 30.0
+"""Seconds to find somebody who serves a space."""
+SEARCH_PAUSES = (1.0, 60.0)
+"""Seconds between searches for members while there are too few neighbours: doubling from the first to the second."""
+THREAD_OVER = 16
+"""Messages with more operations have their signatures checked in a thread: libsodium releases the interpreter."""
+CHECKS_AHEAD = 4
+"""Messages of one stream whose signatures are checked while earlier ones are taken in."""
+SNAPSHOT_EVERY = 10_000
+"""Stored operations after which the document is stored, too: a start applies fewer than that."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpaceInfo:
+    """A line of `list`."""
+
+    id: str
+    name: str
+    operations: int
+    writers: Sequence[PeerId]
+    owners: Sequence[PeerId]
+    excluded: Sequence[PeerId]
+    neighbours: Sequence[PeerId]
+    writable: bool
+
+
+class SpaceService:
+    """All spaces of a node. Serves `/lattica/replica/1` from the moment it is made; `run` does the rest."""
+
+    def __init__(
+        self, host: Host, kad: KadService | None, store: SpaceStore, clock: Callable[[], float] = time.time
+    ) -> None:
+        """`clock` gives Unix seconds."""
+        self.store = store
+        self._host = host
+        self._kad = kad
+        self._clock = clock
+        self._spaces: dict[bytes, Space] = {}
+        self._links: dict[PeerId, Link] = {}
+        self._wake = trio.Event()
+        self._joins: dict[bytes, trio.MemorySendChannel[Genesis]] = {}
+        self._searching: set[bytes] = set()
+        self._search_at: dict[bytes, tuple[float, float]] = {}
+        self._provided: set[bytes] = set()
+        for stored in store.load():
+            self._restore(stored)
+        for genesis in store.to_restore:
+            self._add(genesis)
+        host.handle(PROTOCOL, self._handle)
+
+    # -- what the node asks for -----------------------------------------------------------------------------
+    async def create(
+        self, name: str, writers: Sequence[PeerId] = (), *, quorum: int = 0, signers: Sequence[PeerId] = ()
+    ) -> Space:
+        """A new space that we own. `writers` may write, too. With a `quorum`, checkpoints need that many of `signers`.
+        Errors: `InvalidArgument`."""
+        try:
+            genesis = Genesis.create(
+                self._host.key.public_key.data,
+                name,
+                os.urandom(16),
+                [key_of(peer) for peer in writers],
+                quorum,
+                [key_of(peer) for peer in signers],
+            )
+        except (ValueError, TypeError) as error:
+            raise InvalidArgument(f"space: {error}") from None
+        return self._add(genesis)
+
+    async def join(self, space: str, peers: Sequence[PeerId] = (), *, timeout: float = JOIN_TIMEOUT) -> Space:
+        """Hold a replica of a space: found through the network, at `peers`, or at connected peers.
+
+        Returns when its genesis is here; the contents follow (`wait_synced`). Errors: `InvalidArgument`,
+        `SpaceNotFound` (nobody answered within `timeout` seconds who has it).
+        """
+        key = _parse(space)
+        found = self._spaces.get(key)
+        if found is None:
+            genesis = await self._find_genesis(key, peers, timeout)
+            found = self._spaces.get(key) or self._add(genesis)
+        for peer in peers:
+            self._add_neighbour(found, peer)
+        return found
+
+    def get(self, space: str) -> Space:
+        """A space we hold, by its id, or by its name when only one has it. Errors: `SpaceNotFound`."""
+        named = [each for each in self._spaces.values() if each.name == space]
+        if len(named) == 1:
+            return named[0]
+        if len(named) > 1:
+            raise SpaceNotFound(f"{len(named)} spaces are called {space!r}: use the id")
+        try:
+            key = parse_space(space)
+        except ValueError:
+            raise SpaceNotFound(
+                f"no space {space!r} on this peer: `lattica space list` shows those that are, `lattica space join ID` "
+                "fetches another"
+            ) from None
+        found = self._spaces.get(key)
+        if found is None:
+            raise SpaceNotFound(f"{space} is not on this peer: `lattica space join {space}` fetches it")
+        return found
+
+    def list(self) -> list[SpaceInfo]:
+        """The spaces we hold."""
+        return [
+            SpaceInfo(
+                space.id,
+                space.name,
+                space.operations(),
+                space.writers,
+                space.owners,
+                space.excluded,
+                space.machine.neighbours(),
+                space.replica.why_not_writable() is None,
+            )
+            for space in self._spaces.values()
+        ]
+
+    async def leave(self, space: str) -> None:
+        """Forget a space: our replica and its file."""
+        key = self.get(space).replica.space
+        del self._spaces[key]
+        self.store.remove(key)
+        if self._kad is not None:
+            await self._kad.stop_providing(provider_key(key))
+
+    async def wait_synced(self, space: Space, timeout: float = JOIN_TIMEOUT) -> bool:
+        """Wait until a neighbour said that it has exactly what we have; False when none did in time."""
+        with trio.move_on_after(timeout):
+            while not space.machine.in_step:
+                for peer in space.machine.neighbours():
+                    space.machine.compare(peer)
+                self.wake()
+                await trio.sleep(0.05)
+        return space.machine.in_step
+
+    # -- making spaces --------------------------------------------------------------------------------------
+    def _add(self, genesis: Genesis) -> Space:
+        instance = int.from_bytes(os.urandom(4), "big")
+        self.store.add(genesis, instance)
+        space = self._open(genesis, instance)
+        self.wake()
+        return space
+
+    def _open(self, genesis: Genesis, instance: int) -> Space:
+        replica = Replica(genesis, key=self._host.key, instance=instance, rng=self._host.rng)
+        machine: ReplicaSync[PeerId] = ReplicaSync(replica, self._host.rng, trio.current_time())
+        space = Space(replica, machine, self.store, self.wake, self._clock)
+        self._spaces[genesis.id] = space
+        for peer in self._host.peers():
+            if PROTOCOL in self._host.peerstore.protocols(peer):
+                self._add_neighbour(space, peer)
+        return space
+
+    def _restore(self, stored: StoredSpace) -> None:
+        space = self._open(stored.genesis, stored.instance)
+        try:
+            if stored.checkpoint is not None:
+                space.replica.receive_checkpoint(stored.checkpoint)
+                space.replica.take_unsaved()
+            space.replica.load(stored.operations, stored.forks, stored.snapshot)
+        except (RemoteProtocolError, ValueError) as error:
+            # Somebody edited the file. What is loaded is sound; the rest comes from the neighbours, and we go on in a
+            # chain of our own that nobody has seen.
+            log.error("space_partly_lost space=%s error=%s", space.id, error)
+            instance = int.from_bytes(os.urandom(4), "big")
+            self.store.remove(stored.genesis.id)
+            del self._spaces[stored.genesis.id]
+            self.store.add(stored.genesis, instance)
+            self._open(stored.genesis, instance)
+
+    def _add_neighbour(self, space: Space, peer: PeerId, limit: int = REPLICA_FANOUT) -> None:
+        neighbours = space.machine.neighbours()
+        if peer not in neighbours and len(neighbours) < limit and peer != self._host.peer_id:
+            space.machine.add_neighbour(peer, trio.current_time())
+            self.wake()
+
+    # -- finding --------------------------------------------------------------------------------------------
+    async def _find_genesis(self, key: bytes, peers: Sequence[PeerId], timeout: float) -> Genesis:
+        send, receive = trio.open_memory_channel[Genesis](1)
+        self._joins[key] = send
+        request = encode_message(Kind.GET_GENESIS, key)
+
+        async def ask_providers() -> None:
+            while True:
+                for peer in [*peers, *self._host.peers()]:
+                    self._send(peer, request)
+                await self._for_providers(key, lambda peer: self._send(peer, request))
+                await trio.sleep(1.0)
+
+        try:
+            with trio.fail_after(timeout):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(ask_providers)
+                    genesis = await receive.receive()
+                    nursery.cancel_scope.cancel()
+                    return genesis
+        except trio.TooSlowError:
+            pass
+        finally:
+            self._joins.pop(key, None)
+        raise SpaceNotFound(
+            f"nobody serves {space_text(key)}: within {timeout:g} s no provider was found in the network and no "
+            "connected peer has it"
+        )
+
+    async def _for_providers(self, key: bytes, call: Callable[[PeerId], None]) -> None:
+        if self._kad is None:
+            return
+        try:
+            async for peer, addrs in self._kad.find_providers(provider_key(key)):
+                if peer != self._host.peer_id:
+                    self._host.peerstore.add_addrs(peer, addrs, 600.0)
+                    call(peer)
+        except LatticaError as error:
+            log.debug("space_search_failed error=%s", error)
+
+    async def _search(self, space: Space) -> None:
+        key = space.replica.space
+        try:
+            if self._kad is not None and key not in self._provided:
+                self._provided.add(key)
+                await self._kad.provide(provider_key(key))
+            await self._for_providers(key, lambda peer: self._add_neighbour(space, peer))
+        except LatticaError as error:
+            self._provided.discard(key)
+            log.debug("space_announce_failed space=%s error=%s", space.id, error)
+        finally:
+            self._searching.discard(key)
+
+    # -- the loop -------------------------------------------------------------------------------------------
+    def wake(self) -> None:
+        """Something may be to be sent."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Drive the machines until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._follow_host)
+            while True:
+                now, unix_now = trio.current_time(), self._clock()
+                deadline = now + SEARCH_PAUSES[1]
+                for key, space in list(self._spaces.items()):
+                    if space.machine.next_timeout() <= now:
+                        space.machine.handle_timer(now, unix_now)
+                    self._flush(space, nursery)
+                    self._maybe_search(nursery, key, space, now)
+                    deadline = min(deadline, space.machine.next_timeout(), self._search_at[key][0])
+                with trio.move_on_at(deadline):
+                    await self._wake.wait()
+                self._wake = trio.Event()
+
+    def _maybe_search(self, nursery: trio.Nursery, key: bytes, space: Space, now: float) -> None:
+        at, pause = self._search_at.get(key, (now, SEARCH_PAUSES[0]))
+        if now >= at:
+            if key not in self._searching and len(space.machine.neighbours()) < REPLICA_FANOUT:
+                self._searching.add(key)
+                nursery.start_soon(self._search, space)
+            at, pause = now + pause, min(2 * pause, SEARCH_PAUSES[1])
+        self._search_at[key] = (at, pause)
+
+    def _flush(self, space: Space, nursery: trio.Nursery | None = None) -> None:
+        """Store, then send: nobody may know an operation of ours that we could forget."""
+        try:
+            space.save()
+        except StorageError as error:
+            log.error("space_not_stored space=%s error=%s", space.id, error)
+            return
+        for peer, data in space.machine.poll_transmit():
+            self._send(peer, data)
+        if space.since_snapshot >= SNAPSHOT_EVERY:
+            self._snapshot(space)
+
+    def _snapshot(self, space: Space) -> None:
+        space.since_snapshot = 0
+        stored = self.store.count(space.replica.space)
+        if stored == len(space.replica.tree):  # else some stored operations do not count: they are applied one by one
+            self.store.save_snapshot(space.replica.space, stored, space.replica.doc.get_update())
+
+    def _send(self, peer: PeerId, data: bytes) -> None:
+        if peer == self._host.peer_id:
+            return
+        link = self._links.get(peer)
+        if link is None:
+            link = self._links[peer] = Link(self._host, peer, self._link_lost)
+            self._host.nursery.start_soon(link.run)
+        link.send(data)
+
+    def _link_lost(self, peer: PeerId) -> None:
+        self._links.pop(peer, None)
+        self._forget(peer)
+
+    def _forget(self, peer: PeerId) -> None:
+        for key, space in self._spaces.items():
+            if peer in space.machine.neighbours():
+                space.machine.remove_neighbour(peer)
+                self._search_at[key] = (trio.current_time() + SEARCH_PAUSES[0], SEARCH_PAUSES[0])
+        self.wake()
+
+    async def _follow_host(self) -> None:
+        async for event in self._host.subscribe():
+            if isinstance(event, PeerIdentified) and PROTOCOL in event.info.protocols:
+                for space in self._spaces.values():
+                    self._add_neighbour(space, event.peer)
+            elif isinstance(event, PeerDisconnected):
+                self._forget(event.peer)
+
+    # -- inbound --------------------------------------------------------------------------------------------
+    async def _handle(self, stream: Stream) -> None:
+        """Take the messages of one peer in order; signatures of the next ones are checked meanwhile."""
+        peer = stream.connection.peer_id
+        send, receive = trio.open_memory_channel[tuple[Message, Awaitable[None] | None, Sequence[Operation] | None]](
+            CHECKS_AHEAD
+        )
+        async with trio.open_nursery() as nursery:
+
+            async def take() -> None:
+                async for message, checked, operations in receive:
+                    if checked is not None:
+                        await checked
+                    self._on_message(peer, message, operations)
+                    await trio.lowlevel.checkpoint()
+
+            nursery.start_soon(take)
+            async with send, aclosing(receive_messages(stream)) as messages:
+                async for data in messages:
+                    message = decode_message_untrusted(data)
+                    checked, operations = None, None
+                    if message.kind == Kind.OPERATIONS and message.space in self._spaces:
+                        operations = self._new_operations(message)
+                        if len(operations) > THREAD_OVER:
+                            checked = _start_checking(nursery, operations, message.space)
+                    await send.send((message, checked, operations))
+
+    def _new_operations(self, message: Message) -> Sequence[Operation]:
+        known = self._spaces[message.space].replica.graph.entries
+        return [op for op in decode_operations_untrusted(message) if op.id not in known]
+
+    def _on_message(self, peer: PeerId, message: Message, operations: Sequence[Operation] | None) -> None:
+        space = self._spaces.get(message.space)
+        if message.kind == Kind.GENESIS:
+            self._on_genesis(message)
+            return
+        if space is None:
+            if message.kind in (Kind.HELLO, Kind.FRONTIER, Kind.GET_GENESIS):
+                self._send(peer, encode_message(Kind.UNKNOWN, message.space))
+            return
+        if message.kind == Kind.UNKNOWN:
+            space.machine.remove_neighbour(peer)
+            return
+        if message.kind in (Kind.HELLO, Kind.FRONTIER):
+            self._add_neighbour(space, peer, REPLICA_MAX_NEIGHBOURS)
+        before = space.replica.generation, len(space.replica.tree)
+        try:
+            space.machine.receive(peer, message, trio.current_time(), self._clock(), operations)
+        finally:
+            self._flush(space)
+            if before != (space.replica.generation, len(space.replica.tree)):
+                space.after_change()
+
+    def _on_genesis(self, message: Message) -> None:
+        waiting = self._joins.get(message.space)
+        if waiting is None:
+            return
+        genesis = Genesis.decode_untrusted(message.fields[0])
+        if genesis.id != message.space:
+            raise RemoteProtocolError("a genesis that is not that of the space")
+        try:
+            waiting.send_nowait(genesis)
+        except trio.WouldBlock:
+            pass
+
+
+def _start_checking(nursery: trio.Nursery, operations: Sequence[Operation], space: bytes) -> Awaitable[None]:
+    """Check the signatures of `operations` in a thread; awaiting the result waits for it."""
+    done = trio.Event()
+
+    def check() -> None:
+        for op in operations:
+            op.check_signature(space)
+
+    async def work() -> None:
+        await trio.to_thread.run_sync(check)
+        done.set()
+
+    nursery.start_soon(work)
+    return done.wait()
+
+
+def _parse(space: str) -> bytes:
+    try:
+        return parse_space(space)
+    except ValueError as error:
+        raise InvalidArgument(str(error)) from None

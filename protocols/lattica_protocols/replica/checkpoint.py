@@ -1,0 +1,270 @@
+"""A signed state that replaces the operations before it.
+
+Wire: canonical msgpack, an array
+
+    [1, space: bin 32, number: uint, previous: bin 32, time: uint, root: bin 32, operations: uint,
+     owners: [bin], writers: [bin], former: [bin],
+     chains: [[author, instance, seq, end, last, time], …], heads: [bin 32, …],
+     excluded: [[author, seq, instance], …], state: bin 32, covered: bin 32, handed over: [bin, …]]
+
+`root` and `operations` are those of the replica that made it, just before. `chains` says where each chain stood.
+`state` is the BLAKE3 of the document (a yrs update), `covered` that of the sorted 8-byte prefixes of the ids of all
+operations it replaces, including those that earlier checkpoints did. `previous` is the id of the checkpoint before, 32
+zero bytes for the first. `handed over` are all HAND_OVER operations so far, so that somebody who only knows the genesis
+can see that the signer is the owner now. Of two checkpoints the one with the higher number is taken, then the one with
+the smaller id.
+
+    id        = BLAKE3("lattica-checkpoint-1" || bytes)
+    signed    = [bytes, [[key: bin 32, Ed25519("lattica-checkpoint-1" || id)], …]]      an owner's, or a quorum's
+    on disk and on the wire: [signed, state, covered]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+from blake3 import blake3
+from nacl.bindings import crypto_sign_open
+from nacl.exceptions import BadSignatureError
+from pycrdt import Doc
+
+from lattica_protocols.errors import RemoteProtocolError
+from lattica_protocols.keys import PrivateKey
+from lattica_protocols.limits import (
+    REPLICA_MAX_CHECKPOINT_BYTES,
+    REPLICA_MAX_COVERED,
+    REPLICA_MAX_STATE_BYTES,
+    REPLICA_MAX_TIPS,
+    REPLICA_MAX_WRITERS,
+)
+from lattica_protocols.replica.floor import COVERED_PREFIX, ChainEnd, Floor
+from lattica_protocols.replica.genesis import Genesis
+from lattica_protocols.replica.operation import Kind, Operation
+from lattica_protocols.varint import decode_uvarint_untrusted
+
+_DOMAIN = b"lattica-checkpoint-1"
+VERSION = 1
+MAX_KEYS = REPLICA_MAX_WRITERS * 64
+"""Keys in a list of a checkpoint: all that ever wrote."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint with its state. Parsed ones are signed by enough of those who may."""
+
+    space: bytes
+    number: int
+    previous: bytes
+    time: int
+    root: bytes
+    operations: int
+    floor: Floor
+    state: bytes
+    header: bytes
+    """The signed bytes."""
+    signatures: tuple[tuple[bytes, bytes], ...] = ()
+
+    @property
+    def id(self) -> bytes:
+        return blake3(_DOMAIN + self.header).digest()
+
+    @classmethod
+    def make(
+        cls,
+        *,
+        space: bytes,
+        number: int,
+        previous: bytes,
+        time: int,
+        root: bytes,
+        operations: int,
+        floor: Floor,
+        state: bytes,
+    ) -> Checkpoint:
+        """An unsigned checkpoint."""
+        covered = b"".join(sorted(floor.covered))
+        chains = [
+            [author, instance, end.seq, end.end, end.last, end.time]
+            for (author, instance), end in sorted(floor.chains.items())
+        ]
+        excluded = [[author, seq, instance] for author, (seq, instance) in sorted(floor.excluded.items())]
+        fields = [
+            VERSION,
+            space,
+            number,
+            previous,
+            time,
+            root,
+            operations,
+            sorted(floor.owners),
+            sorted(floor.writers),
+            sorted(floor.former),
+            chains,
+            sorted(floor.heads),
+            excluded,
+            blake3(state).digest(),
+            blake3(covered).digest(),
+            floor.handed_over,
+        ]
+        return cls(space, number, previous, time, root, operations, floor, state, msgpack.packb(fields))
+
+    def signed(self, key: PrivateKey) -> Checkpoint:
+        """The same with the signature of `key`, too."""
+        others = tuple(pair for pair in self.signatures if pair[0] != key.public_key.data)
+        signatures = tuple(sorted([*others, (key.public_key.data, key.sign(_DOMAIN + self.id))]))
+        return Checkpoint(
+            self.space,
+            self.number,
+            self.previous,
+            self.time,
+            self.root,
+            self.operations,
+            self.floor,
+            self.state,
+            self.header,
+            signatures,
+        )
+
+    def encode(self) -> bytes:
+        """The form on disk and on the wire."""
+        covered = b"".join(sorted(self.floor.covered))
+        return bytes(msgpack.packb([[self.header, self.signatures], self.state, covered]))
+
+    @classmethod
+    def decode_untrusted(cls, data: bytes, genesis: Genesis, owners: frozenset[bytes] = frozenset()) -> Checkpoint:
+        """Parse a checkpoint, check its signatures (`owners`: who owns the space as far as we know) and that its parts
+        belong together. The state is loaded only when enough of those who may have signed it did."""
+        if len(data) > REPLICA_MAX_CHECKPOINT_BYTES:
+            raise RemoteProtocolError(f"checkpoint of {len(data)} bytes")
+        space = genesis.id
+        try:
+            (header, signatures), state, covered = _unpack(data)
+            fields = _unpack(header)
+            if msgpack.packb(fields) != header or len(fields) != 16 or fields[:2] != (VERSION, space):
+                raise RemoteProtocolError("not a checkpoint of this space")
+            number, previous, time, root, operations, owned, writers, former, chains, heads, excluded = fields[2:13]
+            _check_numbers(number, time, operations)
+            for digest in (previous, root, *fields[13:15]):
+                _check_key(digest)
+            pairs = tuple((_check_key(key), bytes(signature)) for key, signature in signatures[:REPLICA_MAX_WRITERS])
+            handed = tuple(bytes(op) for op in fields[15][:REPLICA_MAX_WRITERS])
+            trusted = owners | follow_hand_overs_untrusted(handed, genesis)
+            if not _enough_signed(genesis, trusted, blake3(_DOMAIN + header).digest(), pairs):
+                raise RemoteProtocolError("checkpoint that nobody signed who may")
+            if blake3(state).digest() != fields[13] or blake3(covered).digest() != fields[14]:
+                raise RemoteProtocolError("checkpoint whose state is not the one it signs")
+            floor = Floor(
+                _keys(owned),
+                _keys(writers),
+                _keys(former),
+                _chains(chains),
+                vector_of(state),
+                _keys(heads),
+                _excluded(excluded),
+                _prefixes(covered),
+                handed,
+            )
+        except (ValueError, TypeError, msgpack.UnpackException, RecursionError):
+            raise RemoteProtocolError("not a checkpoint") from None
+        return cls(space, number, previous, time, root, operations, floor, state, header, pairs)
+
+    def ranks_above(self, number: int, other: bytes) -> bool:
+        """Whether this one is to be taken instead of the checkpoint `other` with `number`."""
+        return (self.number, other) > (number, self.id)
+
+
+def follow_hand_overs_untrusted(handed: Sequence[bytes], genesis: Genesis) -> frozenset[bytes]:
+    """The owners that a list of HAND_OVER operations leads to, each signed by one of those before."""
+    owners = {genesis.owner}
+    for data in handed:
+        op = Operation.decode_untrusted(data, genesis.id)
+        if op.kind != Kind.HAND_OVER or op.author not in owners or not op.check_signature(genesis.id):
+            raise RemoteProtocolError("a hand-over that no owner signed")
+        owners.add(op.body)
+    return frozenset(owners)
+
+
+def vector_of(state: bytes) -> dict[int, int]:
+    """Clock behind the items of each client in an update that starts from nothing. `ValueError` when it is damaged."""
+    if type(state) is not bytes or len(state) > REPLICA_MAX_STATE_BYTES:
+        raise ValueError("a state over the limit")
+    # Loaded into a document of its own, because the vector of the bytes alone would trust their frame.
+    doc = Doc[Any]()
+    doc.apply_update(state)
+    vector = doc.get_state()
+    count, at = decode_uvarint_untrusted(vector, 0)
+    out = {}
+    for _ in range(count):
+        client, at = decode_uvarint_untrusted(vector, at)
+        out[client], at = decode_uvarint_untrusted(vector, at)
+    return out
+
+
+def _enough_signed(
+    genesis: Genesis, owners: frozenset[bytes], digest: bytes, signatures: Sequence[tuple[bytes, bytes]]
+) -> bool:
+    may = set(genesis.signers) if genesis.quorum else owners
+    needed = genesis.quorum or 1
+    valid = {key for key, signature in signatures if key in may and _verify(key, _DOMAIN + digest, signature)}
+    return len(valid) >= needed
+
+
+def _unpack(data: bytes) -> Any:
+    return msgpack.unpackb(
+        data,
+        use_list=False,
+        max_array_len=max(MAX_KEYS, REPLICA_MAX_TIPS),
+        max_map_len=0,
+        max_str_len=0,
+        max_ext_len=0,
+        max_bin_len=REPLICA_MAX_STATE_BYTES + 8 * REPLICA_MAX_COVERED,
+    )
+
+
+def _check_key(key: object) -> bytes:
+    if type(key) is not bytes or len(key) != 32:
+        raise RemoteProtocolError("checkpoint with a key or hash of a wrong length")
+    return key
+
+
+def _check_numbers(*numbers: object) -> None:
+    for number in numbers:
+        if type(number) is not int or not 0 <= number < 1 << 53:
+            raise RemoteProtocolError("checkpoint with a number out of range")
+
+
+def _keys(keys: Sequence[object]) -> frozenset[bytes]:
+    return frozenset(_check_key(key) for key in keys)
+
+
+def _chains(chains: Sequence[Any]) -> dict[tuple[bytes, int], ChainEnd]:
+    out = {}
+    for author, instance, seq, end, last, time in chains:
+        _check_numbers(instance, seq, end, time)
+        out[_check_key(author), instance] = ChainEnd(seq, end, _check_key(last), time)
+    return out
+
+
+def _excluded(excluded: Sequence[Any]) -> dict[bytes, tuple[int, int]]:
+    out = {}
+    for author, seq, instance in excluded:
+        _check_numbers(seq, instance)
+        out[_check_key(author)] = (seq, instance)
+    return out
+
+
+def _prefixes(covered: bytes) -> frozenset[bytes]:
+    if len(covered) % COVERED_PREFIX or len(covered) > COVERED_PREFIX * REPLICA_MAX_COVERED:
+        raise RemoteProtocolError("checkpoint with a list of operations that is cut off or too long")
+    return frozenset(covered[at : at + COVERED_PREFIX] for at in range(0, len(covered), COVERED_PREFIX))
+
+
+def _verify(key: bytes, message: bytes, signature: bytes) -> bool:
+    try:
+        crypto_sign_open(signature + message, key)
+    except (BadSignatureError, ValueError):
+        return False
+    return len(signature) == 64

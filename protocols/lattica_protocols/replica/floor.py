@@ -1,0 +1,47 @@
+"""What a checkpoint leaves of the operations it replaced: enough to go on from, and to recognise them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+COVERED_PREFIX = 8
+"""Bytes of an operation's id by which a covered one is recognised."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChainEnd:
+    """Where a chain stood."""
+
+    seq: int
+    end: int
+    """The clock behind its items."""
+    last: bytes
+    """Id of its last operation."""
+    time: int
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """The state that operations build on: empty for a new space, else a checkpoint's."""
+
+    owners: frozenset[bytes]
+    writers: frozenset[bytes]
+    former: frozenset[bytes] = frozenset()
+    chains: dict[tuple[bytes, int], ChainEnd] = field(default_factory=dict)
+    vector: dict[int, int] = field(default_factory=dict)
+    """Clock behind the items of each client in the document of the checkpoint."""
+    heads: frozenset[bytes] = frozenset()
+    excluded: dict[bytes, tuple[int, int]] = field(default_factory=dict)
+    """Equivocators, with the place of the fork: (seq, instance)."""
+    covered: frozenset[bytes] = frozenset()
+    handed_over: tuple[bytes, ...] = ()
+    """The HAND_OVER operations so far, in order."""
+
+    @classmethod
+    def empty(cls, owner: bytes, writers: Iterable[bytes]) -> Floor:
+        return cls(frozenset([owner]), frozenset(writers))
+
+    def covers(self, operation: bytes) -> bool:
+        """Whether the checkpoint replaced this operation."""
+        return operation[:COVERED_PREFIX] in self.covered

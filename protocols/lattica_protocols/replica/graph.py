@@ -1,0 +1,567 @@
+"""The hash DAG of one space: which operations are admitted, and which of them count.
+
+Two layers, so that every replica decides alike whatever the order of arrival:
+
+1. *Admission* looks at an operation and its past only: form, signature, links, sequence, clocks, rights and references
+   (what its items name has to be in its past). It is decided once.
+2. *Counting* looks at the set of admitted operations. An operation is **void** when its author equivocated (from the
+   first fork of the chain on, and all of the author's other chains), or when a removal of its author and it do not know
+   of each other. Removals are never void. An operation **counts** when it is not void, or when one that is not void has
+   it in its past: what a valid member built on stays. The document consists of the operations that count.
+
+A fork puts two items under one name. So the items of void operations of an equivocator that count have a name of their
+own in the document: the client id `forked_client(operation id)`. References in other operations are resolved by their
+past: it contains one branch of the fork, or names the renamed client itself.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+
+from blake3 import blake3
+
+from lattica_protocols.limits import (
+    REPLICA_MAX_ADMIN_OPERATIONS,
+    REPLICA_MAX_CLOCK_SKEW,
+    REPLICA_MAX_INSTANCES,
+    REPLICA_MAX_LIMBO,
+    REPLICA_MAX_WRITERS,
+)
+from lattica_protocols.replica.errors import MissingParents, NotYet, Refused
+from lattica_protocols.replica.floor import Floor
+from lattica_protocols.replica.membership import Membership, MembershipTable
+from lattica_protocols.replica.operation import Kind, Operation
+from lattica_protocols.replica.update import ParsedUpdate, Piece, parse_update_untrusted
+
+Chain = tuple[bytes, int]
+"""Author and instance."""
+Past = dict["Branch", int]
+"""The highest `seq` of each branch in somebody's past: with the branch, all of it up to there."""
+
+
+def client_id(author: bytes, instance: int) -> int:
+    """The yrs client id of a chain: 53 bits of a hash, not 0."""
+    digest = blake3(b"lattica-replica-client" + author + instance.to_bytes(4, "big")).digest()
+    return (int.from_bytes(digest[:8], "big") >> 11) or 1
+
+
+def forked_client(operation: bytes) -> int:
+    """The client id that the items of a void operation of an equivocator get."""
+    return (int.from_bytes(blake3(b"lattica-replica-forked" + operation).digest()[:8], "big") >> 11) or 1
+
+
+class Branch:
+    """A line of operations of one chain. A chain has one, and one more for each fork."""
+
+    __slots__ = ("base", "chain", "client", "ends", "entries", "first_seq", "past", "start")
+
+    def __init__(self, chain: Chain, client: int, base: Entry | None, first_seq: int, start: int) -> None:
+        self.chain = chain
+        self.client = client
+        self.base = base
+        """The operation it forked off."""
+        self.first_seq = first_seq
+        self.start = start
+        """The clock of its first item."""
+        self.entries: list[Entry] = []
+        self.ends: list[int] = []
+        """Clock behind each entry."""
+        self.past: Past = {}
+        """The past of the last entry, itself included."""
+
+    def add(self, entry: Entry, past: Past) -> None:
+        self.entries.append(entry)
+        self.ends.append(entry.end)
+        self.past = past
+
+    def at_clock(self, clock: int) -> Entry | None:
+        """The operation with the item `clock`."""
+        index = bisect_right(self.ends, clock)
+        return self.entries[index] if clock >= self.start and index < len(self.entries) else None
+
+
+class Entry:
+    """An admitted operation. Hashed and compared by identity."""
+
+    __slots__ = ("before", "branch", "counted", "end", "membership", "op", "order", "parents", "removed", "start")
+
+    def __init__(self, op: Operation, branch: Branch, parents: tuple[Entry, ...], before: Membership) -> None:
+        self.op = op
+        self.branch = branch
+        self.parents = parents
+        self.before = before
+        """The writer set in its past."""
+        self.membership = before
+        """The same with its own change."""
+        self.start = self.end = 0
+        """Clocks of its items."""
+        self.order = 0
+        """Position in the order of admission, which is a topological one."""
+        self.removed = False
+        """Some removal of its author and it do not know of each other."""
+        self.counted = False
+
+
+class Fork:
+    """Proof that an author equivocated: two operations with one place in one chain."""
+
+    __slots__ = ("first", "second")
+
+    def __init__(self, first: Operation, second: Operation) -> None:
+        self.first, self.second = sorted((first, second), key=lambda op: op.id)
+
+    @property
+    def author(self) -> bytes:
+        return self.first.author
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """(seq, instance): of several proofs against an author the one with the smallest place decides."""
+        return self.first.seq, self.first.instance
+
+    def check_untrusted(self, space: bytes) -> None:
+        """Two signed operations, different, of one author, instance and seq."""
+        first, second = self.first, self.second
+        if first.chain != second.chain or first.seq != second.seq or first.id == second.id:
+            raise Refused("the two operations are no fork")
+        if not first.check_signature(space) or not second.check_signature(space):
+            raise Refused("a fork with a wrong signature")
+
+
+class Admission:
+    """What an admitted operation (or a proof) changed."""
+
+    __slots__ = ("counted", "entry", "fork", "rebuild")
+
+    def __init__(self, entry: Entry | None = None) -> None:
+        self.entry = entry
+        self.counted: list[Entry] = []
+        """Operations that count now and did not, in an order in which they can be applied."""
+        self.rebuild = False
+        """Something that counted does not any more, or got another name: the document is to be made anew."""
+        self.fork: Fork | None = None
+        """A proof that is new."""
+
+
+class Graph:
+    """All admitted operations of a space."""
+
+    def __init__(self, space: bytes, owner: bytes, writers: Iterable[bytes], floor: Floor | None = None) -> None:
+        self.space = space
+        self.floor = floor if floor is not None else Floor.empty(owner, writers)
+        self.entries: dict[bytes, Entry] = {}
+        self.heads: set[bytes] = set(self.floor.heads)
+        """Operations that count and that no other that counts is linked to."""
+        self.forks: dict[bytes, Fork] = {}
+        """Equivocators, with the proof that decides."""
+        self.chains: dict[Chain, list[Branch]] = {}
+        self.table = MembershipTable(self.floor.owners, self.floor.writers, self.floor.former)
+        self.renamed: dict[int, Entry] = {}
+        """Client ids of void operations of equivocators."""
+        self._clients: dict[int, Chain] = {}
+        self._instances: dict[bytes, int] = {}
+        self._removals: dict[bytes, list[tuple[Entry, Past]]] = {}
+        self._changes = 0
+        self._order = 0
+        self.limbo = 0
+        """Admitted operations that do not count."""
+        self._counted_membership: Membership | None = None
+
+    # -- what is known --------------------------------------------------------------------------------------
+    def membership(self) -> Membership:
+        """The writer set after all operations that count."""
+        if self._counted_membership is None:
+            parts = [self.entries[head].membership for head in self.heads if head in self.entries]
+            self._counted_membership = self.table.merged([self.table.base, *parts])
+        return self._counted_membership
+
+    def excluded(self, author: bytes) -> bool:
+        """Whether there is a proof that `author` equivocated."""
+        return author in self.forks or author in self.floor.excluded
+
+    def exclusions(self) -> list[tuple[bytes, int, int]]:
+        """(author, seq, instance) of every exclusion, sorted."""
+        own = {author: (author, *fork.place) for author, fork in self.forks.items()}
+        return sorted({**{author: (author, *place) for author, place in self.floor.excluded.items()}, **own}.values())
+
+    def counted(self) -> list[Entry]:
+        """The operations that count, parents first."""
+        return [entry for entry in self.entries.values() if entry.counted]
+
+    def tip(self, chain: Chain) -> Entry | None:
+        """The last counted operation of a chain's longest line."""
+        tips = [e for b in self.chains.get(chain, ()) for e in b.entries[-1:] if e.counted]
+        return max(tips, key=lambda e: e.op.seq, default=None)
+
+    # -- admission ------------------------------------------------------------------------------------------
+    def admit(self, op: Operation, unix_now: float | None, *, span: tuple[int, int] | None = None) -> Admission:
+        """Check `op` against the rules and take it in.
+
+        `unix_now` None and `span` (its clocks) are for operations that we stored ourselves: they are not checked for
+        signature, time and content again. Raises `Refused`, `NotYet` or `MissingParents`. One that is here already, or
+        that the checkpoint covers, changes nothing.
+        """
+        if op.id in self.entries or self.floor.covers(op.id):
+            return Admission(self.entries.get(op.id))
+        missing = [p for p in op.parents if p not in self.entries and not self.floor.covers(p)]
+        if missing:
+            raise MissingParents(missing)
+        trusted = span is not None
+        if unix_now is not None and op.time > unix_now + REPLICA_MAX_CLOCK_SKEW:
+            raise NotYet(f"its time is {op.time - unix_now:.0f} s ahead of ours")
+        if not trusted and not op.check_signature(self.space):
+            raise Refused("wrong signature")
+        previous, start = self._previous(op)
+        parents = tuple(self.entries[p] for p in op.parents if p in self.entries)
+        before = self._membership_before(parents)
+        self._check_right(op, before)
+        branch = self._branch_for(op, previous, start)
+        past = dict(branch.past)
+        for parent in parents:
+            self.absorb(past, parent)
+        entry = Entry(op, branch, parents, before)
+        entry.start = entry.end = start
+        if span is not None:
+            entry.end = span[1]
+        elif op.kind == Kind.EDIT and op.body:
+            parsed = self._check_update(op, branch, start, past)
+            if parsed.end > parsed.start:
+                entry.end = parsed.end
+        return self._insert(entry, past)
+
+    def _previous(self, op: Operation) -> tuple[Entry | None, int]:
+        """The operation before `op` in its chain (None: `op` is the first, or it is covered), and its clock."""
+        ended = self.floor.chains.get(op.chain)
+        if op.seq == 0:
+            if ended is not None:
+                raise Refused("this place of the chain is covered by the checkpoint: another operation is there")
+            self._check_new_chain(op)
+            return None, 0
+        previous = self.entries.get(op.parents[0])
+        if previous is None:
+            if ended is None or ended.seq + 1 != op.seq or ended.last != op.parents[0]:
+                raise Refused("its first parent is not the author's operation before it")
+            if op.time < ended.time:
+                raise Refused("its time is before that of the operation before it")
+            return None, ended.end
+        if previous.op.chain != op.chain or previous.op.seq + 1 != op.seq:
+            raise Refused("its first parent is not the author's operation before it")
+        if op.time < previous.op.time:
+            raise Refused("its time is before that of the operation before it")
+        return previous, previous.end
+
+    def _check_new_chain(self, op: Operation) -> None:
+        if op.chain in self.chains:
+            return
+        other = self._clients.get(client_id(*op.chain))
+        if other is not None and other != op.chain:
+            raise Refused("its client id is that of another chain")
+        if self._instances.get(op.author, 0) >= REPLICA_MAX_INSTANCES:
+            raise Refused(f"the author has {REPLICA_MAX_INSTANCES} chains already")
+
+    def _membership_before(self, parents: Sequence[Entry]) -> Membership:
+        if not parents:
+            return self.table.base
+        first = parents[0].membership
+        for parent in parents:
+            if parent.membership is not first:
+                return self.table.merged([p.membership for p in parents])
+        return first
+
+    def _check_right(self, op: Operation, before: Membership) -> None:
+        if op.author not in before.writers and op.author not in self.floor.former:
+            raise Refused("its author had no right to write")
+        if op.kind == Kind.EDIT:
+            return
+        if op.author not in before.owners:
+            raise Refused("only the owner may change who writes")
+        if self._changes >= REPLICA_MAX_ADMIN_OPERATIONS:
+            raise NotYet(f"{REPLICA_MAX_ADMIN_OPERATIONS} changes of the writer set: a checkpoint has to come first")
+        if op.kind != Kind.REMOVE and op.body not in before.writers and len(before.writers) >= REPLICA_MAX_WRITERS:
+            raise Refused(f"there are {REPLICA_MAX_WRITERS} writers already")
+        if op.kind == Kind.REMOVE and op.body in before.owners:
+            raise Refused("an owner cannot be removed; it hands over")
+
+    def _branch_for(self, op: Operation, previous: Entry | None, start: int) -> Branch:
+        """The branch that `op` extends; a new one for the first of a chain or a fork. Not yet registered."""
+        branches = self.chains.get(op.chain, [])
+        for branch in branches:
+            if branch.base is previous and not branch.entries:
+                return branch
+            if branch.entries and branch.entries[-1] is previous:
+                return branch
+        client = branches[0].client if branches else client_id(*op.chain)
+        return Branch(op.chain, client, previous, op.seq, start)
+
+    def absorb(self, past: Past, entry: Entry) -> None:
+        """Put `entry` and its past into `past`."""
+        stack = [entry]
+        while stack:
+            entry = stack.pop()
+            branch, seq = entry.branch, entry.op.seq
+            known = past.get(branch, -1)
+            if known >= seq:
+                continue
+            if branch.entries[-1] is entry and len(branch.past) > 1:
+                for other, reached in branch.past.items():
+                    if past.get(other, -1) < reached:
+                        past[other] = reached
+                continue
+            past[branch] = seq
+            first = max(known + 1, branch.first_seq)
+            for earlier in branch.entries[first - branch.first_seq : seq - branch.first_seq + 1]:
+                stack += [parent for parent in earlier.parents if parent.branch is not branch]
+
+    # -- references -----------------------------------------------------------------------------------------
+    def _check_update(self, op: Operation, branch: Branch, start: int, past: Past) -> ParsedUpdate:
+        """Its items are those of its chain's client, contiguous, and everything they name is in its past."""
+        parsed = parse_update_untrusted(op.body)
+        if parsed.end > parsed.start:
+            if parsed.client != branch.client:
+                raise Refused(f"its items have the client id {parsed.client}, its author's is {branch.client}")
+            if parsed.start != start:
+                raise Refused(f"its items start at clock {parsed.start}, the author's next is {start}")
+        own_end = parsed.end if parsed.end > parsed.start else start
+        for client, clock in parsed.references:
+            if client != branch.client or not start <= clock < own_end:
+                self._resolve(client, clock, 1, past)
+        for client, clock, length in parsed.deletions:
+            if client == branch.client and clock + length > start:
+                if clock + length > own_end:
+                    raise Refused("it deletes items that are not there yet")
+                length = start - clock
+            if length > 0:
+                self._resolve(client, clock, length, past)
+        return parsed
+
+    def _resolve(self, client: int, clock: int, length: int, past: Past) -> list[tuple[Entry | None, int, int]]:
+        """The operations in `past` with these items: (operation or None for the checkpoint, clock, length)."""
+        end = clock + length
+        entry = self.renamed.get(client)
+        if entry is not None:
+            if past.get(entry.branch, -1) < entry.op.seq or clock < entry.start or end > entry.end:
+                raise Refused("it names items that are not in its past")
+            return [(entry, clock, length)]
+        found: list[tuple[Entry | None, int, int]] = []
+        floor_end = self.floor.vector.get(client, 0)
+        if clock < floor_end:
+            found.append((None, clock, min(end, floor_end) - clock))
+            clock = min(end, floor_end)
+        branches = self.chains.get(self._clients.get(client, (b"", 0)), ())
+        if len(branches) == 1 and clock < end:
+            # The usual case: no fork, the range is in one branch.
+            branch = branches[0]
+            seq = past.get(branch, -1)
+            if seq >= 0 and not self.forks and end <= branch.ends[seq - branch.first_seq]:
+                found.append((branch.at_clock(clock), clock, end - clock))
+                clock = end
+        if clock < end and not branches:
+            raise NotYet("it names items of a client that is not known here")
+        while clock < end:
+            piece = self._resolve_one(branches, clock, past)
+            stop = min(end, piece.end)
+            found.append((piece, clock, stop - clock))
+            clock = stop
+        return found
+
+    def _resolve_one(self, branches: Sequence[Branch], clock: int, past: Past) -> Entry:
+        candidates = []
+        for branch in branches:
+            entry = branch.at_clock(clock)
+            if entry is not None and past.get(branch, -1) >= entry.op.seq:
+                candidates.append(entry)
+        if not candidates:
+            raise Refused("it names items that are not in its past")
+        if len(candidates) > 1:
+            raise Refused("it names items of which a fork has two")
+        return candidates[0]
+
+    def pieces(self, past: Past, own: Entry, client: int, clock: int, length: int) -> list[Piece]:
+        """How a range of items that `own` names is called in the document."""
+        out: list[Piece] = []
+        end = clock + length
+        if client == own.branch.client and own.start < end <= own.end:
+            inside = max(clock, own.start)
+            name = forked_client(own.op.id) if self.is_renamed(own) else client
+            out.append((name, inside, end - inside))
+            end = inside
+        if clock < end:
+            for entry, first, count in self._resolve(client, clock, end - clock, past):
+                renamed = entry is not None and self.is_renamed(entry)
+                out.append((forked_client(entry.op.id) if entry is not None and renamed else client, first, count))
+        return out
+
+    def past_of(self, entry: Entry) -> Past:
+        """Everything before `entry`, and itself. A walk over the graph: for forks only."""
+        past: Past = {}
+        for parent in entry.parents:
+            self.absorb(past, parent)
+        past[entry.branch] = max(past.get(entry.branch, -1), entry.op.seq)
+        return past
+
+    # -- counting -------------------------------------------------------------------------------------------
+    def is_void(self, entry: Entry) -> bool:
+        """Whether the operation counts only if a valid one builds on it."""
+        if entry.op.kind == Kind.REMOVE:
+            return False
+        return entry.removed or self._after_fork(entry.op)
+
+    def is_renamed(self, entry: Entry) -> bool:
+        return bool(self.forks) and entry.op.kind == Kind.EDIT and self._after_fork(entry.op)
+
+    def _after_fork(self, op: Operation) -> bool:
+        fork = self.forks.get(op.author)
+        place = fork.place if fork is not None else self.floor.excluded.get(op.author)
+        return place is not None and (op.instance != place[1] or op.seq >= place[0])
+
+    def _insert(self, entry: Entry, past: Past) -> Admission:
+        op, branch = entry.op, entry.branch
+        admission = Admission(entry)
+        branches = self.chains.setdefault(op.chain, [])
+        if branch not in branches:
+            branches.append(branch)
+            if len(branches) == 1:
+                self._clients[branch.client] = op.chain
+                self._instances[op.author] = self._instances.get(op.author, 0) + 1
+        entry.order = self._order
+        self._order += 1
+        past[branch] = op.seq
+        branch.add(entry, past)
+        self.entries[op.id] = entry
+        self.limbo += 1
+        entry.removed = op.author in self.floor.former and op.author not in entry.before.writers
+        for removal, _ in self._removals.get(op.author, ()):
+            if past.get(removal.branch, -1) < removal.op.seq:
+                entry.removed = True
+        recount = False
+        if op.kind != Kind.EDIT:
+            self._changes += 1
+            entry.membership = self.table.merged([entry.before], entry)
+            if op.kind == Kind.REMOVE:
+                recount = self._note_removal(entry, past)
+        if self._after_fork(op):
+            self.renamed[forked_client(op.id)] = entry
+        twin = self._twin(branch, op.seq)
+        if twin is not None:
+            admission.fork = self._take_fork(Fork(twin.op, op))
+            recount = recount or admission.fork is not None
+        if recount:
+            self._recount(admission)
+        elif not self.is_void(entry):
+            self._count(entry, admission.counted)
+        if self.limbo > REPLICA_MAX_LIMBO:
+            self.forget_limbo()
+        return admission
+
+    def _twin(self, branch: Branch, seq: int) -> Entry | None:
+        """Another operation at `seq` of the same chain."""
+        for other in self.chains[branch.chain]:
+            if other is not branch and 0 <= seq - other.first_seq < len(other.entries):
+                return other.entries[seq - other.first_seq]
+        return None
+
+    def _note_removal(self, removal: Entry, past: Past) -> bool:
+        """Mark what the removed author wrote without knowing of `removal`; whether something that counted is marked."""
+        author = removal.op.body
+        self._removals.setdefault(author, []).append((removal, dict(past)))
+        changed = False
+        for chain, branches in self.chains.items():
+            if chain[0] != author:
+                continue
+            for branch in branches:
+                for entry in branch.entries[max(0, past.get(branch, -1) + 1 - branch.first_seq) :]:
+                    # None of these can have the removal in its past: it came later.
+                    entry.removed = True
+                    changed = changed or entry.counted
+        return changed
+
+    def add_fork_untrusted(self, fork: Fork) -> Admission:
+        """Take a proof. Changes nothing when it says nothing new. Raises `Refused` or `NotYet`."""
+        fork.check_untrusted(self.space)
+        author = fork.author
+        if not any(chain[0] == author for chain in self.chains) and author not in self.membership().writers:
+            raise NotYet("a fork of somebody who is no writer here")
+        admission = Admission()
+        admission.fork = self._take_fork(fork)
+        if admission.fork is not None:
+            self._recount(admission)
+        return admission
+
+    def restore_forks(self, forks: Iterable[Fork]) -> None:
+        """Put back proofs that were checked, into a graph that has no operations yet."""
+        for fork in forks:
+            self._take_fork(fork)
+
+    def _take_fork(self, fork: Fork) -> Fork | None:
+        known = self.forks.get(fork.author)
+        place = known.place if known is not None else self.floor.excluded.get(fork.author)
+        if place is not None and place <= fork.place:
+            return None
+        self.forks[fork.author] = fork
+        for entry in self.entries.values():
+            if entry.op.author == fork.author and self._after_fork(entry.op):
+                self.renamed[forked_client(entry.op.id)] = entry
+        return fork
+
+    def _count(self, entry: Entry, out: list[Entry]) -> None:
+        """`entry` counts now, and all in its past."""
+        found = []
+        stack = [entry]
+        while stack:
+            entry = stack.pop()
+            if entry.counted:
+                continue
+            entry.counted = True
+            self.limbo -= 1
+            found.append(entry)
+            stack += [parent for parent in entry.parents if not parent.counted]
+        if len(found) > 1:
+            found.sort(key=lambda e: e.order)
+        for entry in found:
+            self.heads.difference_update(entry.op.parents)
+            self.heads.add(entry.op.id)
+        out += found
+        self._counted_membership = None
+
+    def _recount(self, admission: Admission) -> None:
+        """Decide anew for all operations."""
+        before = {entry for entry in self.entries.values() if entry.counted}
+        for entry in before:
+            entry.counted = False
+        self.limbo = len(self.entries)
+        self.heads = set(self.floor.heads)
+        self._counted_membership = None
+        counted: list[Entry] = []
+        for entry in self.entries.values():
+            if not self.is_void(entry):
+                self._count(entry, counted)
+        now = set(counted)
+        admission.rebuild = bool(before - now) or any(self.is_renamed(entry) for entry in before)
+        admission.counted = sorted(now - before, key=lambda e: e.order)
+
+    def forget_limbo(self) -> None:
+        """Drop the operations that do not count. No operation that counts has one of them in its past."""
+        dropped = {entry for entry in self.entries.values() if not entry.counted}
+        self.entries = {key: entry for key, entry in self.entries.items() if entry.counted}
+        for entry in dropped:
+            self.renamed.pop(forked_client(entry.op.id), None)
+        for chain in {entry.op.chain for entry in dropped}:
+            self._cut_chain(chain)
+        for branches in self.chains.values():
+            for branch in branches:
+                branch.past = {b: s for b, s in branch.past.items() if b.entries}
+        self.limbo = 0
+
+    def _cut_chain(self, chain: Chain) -> None:
+        for branch in self.chains[chain]:
+            kept = [entry for entry in branch.entries if entry.counted]
+            if len(kept) != len(branch.entries):
+                branch.entries = kept
+                branch.ends = [entry.end for entry in kept]
+                branch.past = self.past_of(kept[-1]) if kept else {}
+        self.chains[chain] = [branch for branch in self.chains[chain] if branch.entries]
+        if not self.chains[chain]:
+            del self.chains[chain]
+            self._clients.pop(client_id(*chain), None)
+            self._instances[chain[0]] -= 1

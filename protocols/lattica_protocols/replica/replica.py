@@ -1,0 +1,410 @@
+"""One replica of a space: the graph of operations and the document they make.
+
+    received operation ──admit──▶ graph ──those that count──▶ document (pycrdt) and Merkle tree
+    local edit ──transaction──▶ document ──update──▶ operation, signed ──▶ graph
+
+The document is a function of the operations that count: those are applied in an order of the graph, ids renamed where
+the author equivocated. When something that counted no longer does, the document is made anew; `generation` tells.
+
+What the owner of a replica has to store collects in `unsaved` until it is taken with `take_unsaved`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgpack
+from blake3 import blake3
+from pycrdt import Doc, TransactionEvent
+
+from lattica_protocols.errors import LocalProtocolError, RemoteProtocolError
+from lattica_protocols.keys import PrivateKey
+from lattica_protocols.limits import REPLICA_MAX_PARENTS, REPLICA_MAX_UPDATE_BYTES
+from lattica_protocols.replica.checkpoint import Checkpoint, vector_of
+from lattica_protocols.replica.floor import COVERED_PREFIX, ChainEnd, Floor
+from lattica_protocols.replica.genesis import Genesis
+from lattica_protocols.replica.graph import Admission, Entry, Fork, Graph, client_id, forked_client
+from lattica_protocols.replica.operation import Kind, Operation
+from lattica_protocols.replica.plain import document_value
+from lattica_protocols.replica.tree import MerkleTree
+from lattica_protocols.replica.update import filler, parse_update_untrusted, rename
+
+_ROOT_DOMAIN = b"lattica-replica-root-1"
+
+
+@dataclass(slots=True)
+class Unsaved:
+    """What changed since it was last taken. Written in one transaction."""
+
+    operations: list[tuple[Operation, int, int]] = field(default_factory=list)
+    """With the clocks of their items, so that they need not be read again."""
+    forks: list[Fork] = field(default_factory=list)
+    checkpoint: Checkpoint | None = None
+    """Replaces all operations that it covers."""
+
+    def __bool__(self) -> bool:
+        return bool(self.operations or self.forks or self.checkpoint)
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What `Replica.verify` found."""
+
+    operations: int
+    refused: tuple[tuple[bytes, str], ...]
+    """Ids of operations that do not stand the check, and why."""
+    document_equal: bool
+
+    @property
+    def ok(self) -> bool:
+        return not self.refused and self.document_equal
+
+
+class Replica:
+    """State of a space at one member. With a key it can write; without one it only follows."""
+
+    def __init__(
+        self, genesis: Genesis, *, key: PrivateKey | None = None, instance: int = 0, rng: random.Random | None = None
+    ) -> None:
+        """`instance` tells apart the chains of a key: it must be one that the key never used, or the one whose
+        operations are loaded next. `rng` gives further ones."""
+        self.genesis = genesis
+        self.space = genesis.id
+        self.key = key
+        self.instance = instance
+        self.graph = Graph(self.space, genesis.owner, genesis.writers)
+        self.tree = MerkleTree()
+        self.checkpoint: Checkpoint | None = None
+        self.doc: Doc[Any] = self._new_doc()
+        self.generation = 0
+        """Counts the times that the document was made anew."""
+        self.unsaved = Unsaved()
+        self.lost: list[Operation] = []
+        """Operations of ours that a checkpoint does not cover and that cannot follow it: reported, not dropped."""
+        self._rng = rng
+        self._captured: list[bytes] | None = None
+
+    # -- reading --------------------------------------------------------------------------------------------
+    def root(self) -> bytes:
+        """32 bytes, equal for two replicas exactly when they hold the same operations on the same checkpoint."""
+        return root_of(self.space, self._checkpoint_id(), len(self.tree), self.exclusions_digest(), self.tree.root())
+
+    def exclusions_digest(self) -> bytes:
+        return blake3(msgpack.packb(self.graph.exclusions())).digest()
+
+    def operations(self) -> int:
+        """How many operations count, those before the checkpoint included."""
+        return len(self.tree) + (self.checkpoint.operations if self.checkpoint else 0)
+
+    def value(self) -> dict[str, Any]:
+        """The whole document as plain values, by container."""
+        return document_value(self.doc)
+
+    def _checkpoint_id(self) -> bytes:
+        return bytes(32) if self.checkpoint is None else self.checkpoint.id
+
+    def take_unsaved(self) -> Unsaved:
+        out, self.unsaved = self.unsaved, Unsaved()
+        return out
+
+    # -- receiving ------------------------------------------------------------------------------------------
+    def receive_operation(self, op: Operation, unix_now: float) -> Admission:
+        """Take in an operation. Raises `Refused`, `NotYet` or `MissingParents`; then nothing changed."""
+        return self._apply(self.graph.admit(op, unix_now))
+
+    def receive_fork(self, fork: Fork) -> Admission:
+        """Take in a proof that somebody equivocated. Raises `Refused` or `NotYet`."""
+        return self._apply(self.graph.add_fork_untrusted(fork))
+
+    def load(
+        self,
+        operations: Iterable[tuple[bytes, int, int]],
+        forks: Iterable[tuple[bytes, bytes]] = (),
+        snapshot: tuple[int, bytes] = (0, b""),
+    ) -> None:
+        """Take back what was stored: encoded operations with their clocks, and proofs. Trusted, so not checked again.
+
+        `snapshot`: how many of the first operations a stored document contains, and that document.
+        Raises `RemoteProtocolError` for a damaged one; those before it are loaded.
+        """
+        contained, state = snapshot
+        proofs = []
+        for pair in forks:
+            first, second = (Operation.decode_untrusted(data, self.space) for data in pair)
+            proofs.append(Fork(first, second))
+        self.graph.restore_forks(proofs)
+        if contained:
+            self.doc.apply_update(state)
+        number = 0
+        for number, (data, start, end) in enumerate(operations, 1):
+            op = Operation.decode_untrusted(data, self.space)
+            op.verified = True
+            self._apply(self.graph.admit(op, None, span=(start, end)), save=False, document=number > contained)
+        if number < contained:
+            self._rebuild()
+
+    def _apply(self, admission: Admission, *, save: bool = True, document: bool = True) -> Admission:
+        if save:
+            self.unsaved.operations += [(entry.op, entry.start, entry.end) for entry in admission.counted]
+            if admission.fork is not None:
+                self.unsaved.forks.append(admission.fork)
+        if admission.rebuild:
+            self._rebuild()
+            return admission
+        for entry in admission.counted:
+            self.tree.add(entry.op.id)
+            if document and entry.op.body and entry.op.kind == Kind.EDIT:
+                self._apply_to_document(entry)
+        return admission
+
+    def _apply_to_document(self, entry: Entry) -> None:
+        if self._captured is not None:
+            return  # our own edit: it is in the document already
+        body = entry.op.body
+        if self.graph.forks or self.graph.floor.excluded:
+            parsed = parse_update_untrusted(body)
+            past = self.graph.past_of(entry)
+            if self.graph.is_renamed(entry) and parsed.end > parsed.start:
+                self.doc.apply_update(filler(forked_client(entry.op.id), parsed.start))
+            body = rename(body, parsed, lambda c, k, n: self.graph.pieces(past, entry, c, k, n))
+        self.doc.apply_update(body)
+
+    def _new_doc(self) -> Doc[Any]:
+        doc: Doc[Any] = Doc()
+        if self.key is not None:
+            doc = Doc(client_id=client_id(self.key.public_key.data, self.instance))
+        if self.checkpoint is not None:
+            doc.apply_update(self.checkpoint.state)
+        self._subscription = doc.observe(self._on_update)
+        return doc
+
+    def _rebuild(self) -> None:
+        self.doc = self._new_doc()
+        self.generation += 1
+        counted = self.graph.counted()
+        self.tree = MerkleTree(entry.op.id for entry in counted)
+        captured, self._captured = self._captured, None
+        for entry in counted:
+            if entry.op.body and entry.op.kind == Kind.EDIT:
+                self._apply_to_document(entry)
+        self._captured = captured
+
+    # -- writing --------------------------------------------------------------------------------------------
+    def why_not_writable(self) -> str | None:
+        """Why we cannot write, None when we can."""
+        if self.key is None:
+            return "this replica has no key"
+        own = self.key.public_key.data
+        if self.graph.excluded(own):
+            return "this key is excluded: two operations with one sequence number were signed with it"
+        if own not in self.graph.membership().writers:
+            return "this key is no writer of the space"
+        return None
+
+    @contextmanager
+    def transaction(self, unix_now: float) -> Iterator[list[Operation]]:
+        """Edit `doc` inside the block: all of it becomes one operation, put into the list that the block gets.
+
+        Nothing is signed when nothing changed. When the block raises, or what it did may not be written (too large),
+        the document is put back to what it was. Raises `LocalProtocolError`.
+        """
+        self._check_writable()
+        if self._captured is not None:
+            raise LocalProtocolError("a transaction of this space is under way")
+        made: list[Operation] = []
+        captured = self._captured = []
+        try:
+            with self.doc.transaction():
+                yield made
+        except BaseException:
+            self._captured = None
+            if captured:
+                self._rebuild()
+            raise
+        try:
+            for update in captured:
+                made.append(self._write(Kind.EDIT, update, unix_now))
+        except BaseException:
+            self._captured = None
+            self._rebuild()
+            raise
+        self._captured = None
+
+    def change_members(self, kind: Kind, key: bytes, unix_now: float) -> Operation:
+        """Grant, remove or hand over to `key`. Raises `LocalProtocolError` when that is not ours to do."""
+        self._check_writable()
+        assert self.key is not None
+        membership = self.graph.membership()
+        if self.key.public_key.data not in membership.owners:
+            raise LocalProtocolError("only the owner may change who writes")
+        if kind == Kind.REMOVE and key not in membership.writers:
+            raise LocalProtocolError("this key is no writer of the space")
+        return self._write(kind, key, unix_now)
+
+    def _check_writable(self) -> None:
+        reason = self.why_not_writable()
+        if reason is not None:
+            raise LocalProtocolError(reason)
+        assert self.key is not None
+        chain = (self.key.public_key.data, self.instance)
+        branches = self.graph.chains.get(chain, [])
+        if any(not branch.entries[-1].counted for branch in branches):
+            # Operations of ours are void (we were removed, and granted again). To go on from before them would be a
+            # fork, to build on them would bring them back.
+            if self._rng is None:
+                raise LocalProtocolError("the last operations of this chain are void, and there is no other instance")
+            self.instance = self._rng.getrandbits(32)
+            self._rebuild()
+
+    def _write(self, kind: Kind, body: bytes, unix_now: float) -> Operation:
+        if kind == Kind.EDIT:
+            if len(body) > REPLICA_MAX_UPDATE_BYTES:
+                raise LocalProtocolError(
+                    f"an edit of {len(body)} bytes is over the limit of {REPLICA_MAX_UPDATE_BYTES}: share a blob and "
+                    "write its content id"
+                )
+            try:
+                parsed = parse_update_untrusted(body)
+            except RemoteProtocolError as error:
+                raise LocalProtocolError(f"this edit cannot be shared: {error}") from None
+            span = (parsed.start, parsed.end)
+        else:
+            span = (0, 0)
+        while len(self.graph.heads) >= REPLICA_MAX_PARENTS:
+            self._sign(Kind.EDIT, b"", unix_now, (0, 0))
+        return self._sign(kind, body, unix_now, span)
+
+    def _sign(self, kind: Kind, body: bytes, unix_now: float, span: tuple[int, int]) -> Operation:
+        assert self.key is not None
+        author = self.key.public_key.data
+        chain = (author, self.instance)
+        tip = self.graph.tip(chain)
+        ended = self.graph.floor.chains.get(chain)
+        previous: list[bytes] = []
+        seq, end, time = 0, 0, int(unix_now)
+        if tip is not None:
+            previous, seq, end, time = [tip.op.id], tip.op.seq + 1, tip.end, max(time, tip.op.time)
+        elif ended is not None:
+            previous, seq, end, time = [ended.last], ended.seq + 1, ended.end, max(time, ended.time)
+        others = sorted(self.graph.heads.difference(previous))[: REPLICA_MAX_PARENTS - 1]
+        op = Operation.seal(
+            self.key,
+            self.space,
+            kind=kind,
+            instance=self.instance,
+            seq=seq,
+            parents=[*previous, *others],
+            time=time,
+            body=body,
+        )
+        if span[0] == span[1]:
+            span = (end, end)
+        if span[0] != end:
+            raise LocalProtocolError(f"the document is at clock {span[0]}, the chain at {end}")
+        self._apply(self.graph.admit(op, None, span=span))
+        return op
+
+    def _on_update(self, event: TransactionEvent) -> None:
+        if self._captured is not None and event.update != b"\x00\x00":
+            self._captured.append(event.update)
+
+    # -- checkpoints ----------------------------------------------------------------------------------------
+    def make_checkpoint(self, unix_now: float) -> Checkpoint:
+        """A checkpoint of what counts now, signed with our key. It is valid once enough of the signers signed it."""
+        if self.key is None:
+            raise LocalProtocolError("this replica has no key")
+        graph, counted, state = self.graph, self.graph.counted(), self.doc.get_update()
+        membership = graph.membership()
+        chains = dict(graph.floor.chains)
+        for entry in counted:
+            known = chains.get(entry.op.chain)
+            if known is None or known.seq < entry.op.seq:
+                chains[entry.op.chain] = ChainEnd(entry.op.seq, entry.end, entry.op.id, entry.op.time)
+        handed = [entry.op.encoded for entry in counted if entry.op.kind == Kind.HAND_OVER]
+        floor = Floor(
+            owners=membership.owners,
+            writers=membership.writers,
+            former=membership.former,
+            chains=chains,
+            vector=vector_of(state),
+            heads=frozenset(graph.heads),
+            excluded={author: (seq, instance) for author, seq, instance in graph.exclusions()},
+            covered=graph.floor.covered | {entry.op.id[:COVERED_PREFIX] for entry in counted},
+            handed_over=(*graph.floor.handed_over, *handed),
+        )
+        made = Checkpoint.make(
+            space=self.space,
+            number=1 if self.checkpoint is None else self.checkpoint.number + 1,
+            previous=self._checkpoint_id(),
+            time=int(unix_now),
+            root=self.root(),
+            operations=self.operations(),
+            floor=floor,
+            state=state,
+        )
+        return made.signed(self.key)
+
+    def receive_checkpoint(self, data: bytes) -> bool:
+        """Replace history by a checkpoint, if it ranks above ours. True when it was taken.
+
+        Operations it does not cover are kept on top of it; own ones that cannot be are put into `lost`.
+        Raises `RemoteProtocolError` when nobody signed it who may.
+        """
+        checkpoint = Checkpoint.decode_untrusted(data, self.genesis, self.graph.membership().owners)
+        if self.checkpoint is not None and not checkpoint.ranks_above(self.checkpoint.number, self.checkpoint.id):
+            return False
+        self.adopt(checkpoint)
+        return True
+
+    def adopt(self, checkpoint: Checkpoint, *, save: bool = True) -> None:
+        """Take a checkpoint that was checked."""
+        old = self.graph
+        self.checkpoint = checkpoint
+        self.graph = Graph(self.space, self.genesis.owner, self.genesis.writers, checkpoint.floor)
+        self.graph.restore_forks(old.forks.values())
+        for entry in old.entries.values():
+            try:
+                self.graph.admit(entry.op, None, span=(entry.start, entry.end))
+            except RemoteProtocolError:
+                if self.key is not None and entry.op.author == self.key.public_key.data:
+                    self.lost.append(entry.op)
+        self._rebuild()
+        if save:
+            self.unsaved.checkpoint = checkpoint
+
+    # -- checking -------------------------------------------------------------------------------------------
+    def verify(self) -> Verified:
+        """Check everything anew from the genesis or the checkpoint, and compare the documents. Takes about 0.1 ms an
+        operation."""
+        fresh = Replica(self.genesis)
+        if self.checkpoint is not None:
+            fresh.adopt(
+                Checkpoint.decode_untrusted(self.checkpoint.encode(), self.genesis, self.graph.table.base.owners),
+                save=False,
+            )
+        refused = []
+        forks = [Fork(*_again(self.space, fork.first, fork.second)) for fork in self.graph.forks.values()]
+        for fork in forks:
+            fork.check_untrusted(self.space)
+        fresh.graph.restore_forks(forks)
+        for entry in self.graph.entries.values():
+            try:
+                fresh.receive_operation(_again(self.space, entry.op)[0], entry.op.time)
+            except RemoteProtocolError as error:
+                refused.append((entry.op.id, str(error)))
+        equal = fresh.value() == self.value() and fresh.root() == self.root()
+        return Verified(len(self.tree), tuple(refused), equal)
+
+
+def root_of(space: bytes, checkpoint: bytes, count: int, exclusions: bytes, tree: bytes) -> bytes:
+    """The root: BLAKE3 of the domain, space, checkpoint id, number of operations, exclusions and Merkle root."""
+    return blake3(_ROOT_DOMAIN + space + checkpoint + count.to_bytes(8, "big") + exclusions + tree).digest()
+
+
+def _again(space: bytes, *ops: Operation) -> Sequence[Operation]:
+    """The operations parsed anew, so that their signatures count as unchecked."""
+    return [Operation.decode_untrusted(op.encoded, space) for op in ops]

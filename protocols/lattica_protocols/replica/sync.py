@@ -1,0 +1,575 @@
+"""The machine that keeps one replica equal to those of its neighbours.
+
+    new operation, here or pushed ──▶ pushed to all neighbours but the one it came from
+    every few seconds: HELLO to a random neighbour ──digests differ──▶ FRONTIER back
+    FRONTIER ──▶ the operations its sender lacks, in causal order, a few batches ahead of the ACKs
+    operation whose parents are missing ──▶ kept aside, WANT; given up when it is not healed by the next comparisons
+
+Messages stand alone, so that loss, repetition and reordering cost time and nothing else; a neighbour that went away in
+the middle is resumed by the next FRONTIER, which names what has arrived. Two replicas that differ in d operations
+exchange those and one chain end for each author.
+
+Drive it by the machine contract; `poll_transmit` gives pairs (neighbour, message).
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, OrderedDict, deque
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from blake3 import blake3
+
+from lattica_protocols.errors import RemoteProtocolError
+from lattica_protocols.limits import (
+    REPLICA_BATCH_BYTES,
+    REPLICA_BATCH_OPERATIONS,
+    REPLICA_BATCHES_IN_FLIGHT,
+    REPLICA_MAX_CHECKPOINT_BYTES,
+    REPLICA_MAX_PENDING,
+    REPLICA_MAX_PENDING_BYTES,
+    REPLICA_MAX_PENDING_PER_PEER,
+    REPLICA_MAX_WANTED,
+)
+from lattica_protocols.replica.errors import MissingParents, NotYet
+from lattica_protocols.replica.graph import Admission, Entry, Fork, Past
+from lattica_protocols.replica.messages import MAX_FORKS, Kind, Message, decode_message_untrusted, encode_message
+from lattica_protocols.replica.operation import Operation
+from lattica_protocols.replica.presence import Presence, Record
+from lattica_protocols.replica.replica import Replica
+
+HELLO_INTERVAL = (2.0, 5.0)
+"""Seconds between comparisons with a random neighbour."""
+SETTLE = 0.05
+"""Seconds that what came in batches is gathered before others are told of it."""
+PRESENCE_INTERVAL = 10.0
+FRONTIER_PAUSE = 0.25
+"""Seconds between frontiers to one neighbour, unless something came of the last one."""
+STALLED = 10.0
+"""Seconds without an ACK after which batches are no longer sent."""
+WANT_AGAIN = 1.0
+FRUITLESS = 2
+"""Frontiers that changed nothing, after which all chain ends are compared by id."""
+CHUNK = 512 << 10
+"""Bytes of a checkpoint in one message."""
+_REFUSED_KEPT = 4096
+
+Peer = TypeVar("Peer", bound=Hashable)
+
+
+@dataclass(eq=False, slots=True)
+class _Neighbour:
+    """What we know of one."""
+
+    pushes: list[Operation] = field(default_factory=list)
+    batches: deque[Entry] = field(default_factory=deque)
+    """What it lacks, parents first."""
+    batch: int = 0
+    in_flight: set[int] = field(default_factory=set)
+    last_ack: float = 0.0
+    frontier_at: float = -1e9
+    fruitless: int = 0
+
+
+@dataclass(slots=True)
+class _Download(Generic[Peer]):
+    """A checkpoint on its way."""
+
+    peer: Peer
+    id: bytes
+    data: bytearray
+    asked_at: float
+
+
+class ReplicaSync(Generic[Peer]):
+    """Keeps `replica` equal to the neighbours'. `Peer` is whatever names a neighbour."""
+
+    def __init__(self, replica: Replica, rng: random.Random, now: float) -> None:
+        self.replica = replica
+        self.presence = Presence(replica.space)
+        self.presence_info: bytes | None = None
+        """What we announce about ourselves; None: nothing."""
+        self.counters: Counter[str] = Counter()
+        self.in_step = False
+        """The last neighbour that compared had exactly what we have."""
+        self._rng = rng
+        self._neighbours: dict[Peer, _Neighbour] = {}
+        self._pending: OrderedDict[bytes, tuple[Operation, Peer]] = OrderedDict()
+        self._pending_bytes = 0
+        self._pending_of: Counter[Peer] = Counter()
+        self._waiting: dict[bytes, set[bytes]] = {}
+        """Missing parent: operations that wait for it."""
+        self._wanted: dict[bytes, float] = {}
+        self._refused: OrderedDict[bytes, None] = OrderedDict()
+        self._bad_checkpoints: OrderedDict[bytes, None] = OrderedDict()
+        self._download: _Download[Peer] | None = None
+        self._checkpoint_bytes: tuple[bytes, bytes] = (b"", b"")
+        self._transmit: list[tuple[Peer, bytes]] = []
+        self._hello_at = now + rng.uniform(*HELLO_INTERVAL)
+        self._settle_at: float | None = None
+        self._settle_not: Peer | None = None
+        self._presence_at = now
+        self._digest: tuple[frozenset[bytes], bytes] | None = None
+
+    # -- what the owner calls -------------------------------------------------------------------------------
+    def add_neighbour(self, peer: Peer, now: float) -> None:
+        """Exchange new operations with `peer` from now on, and compare with it at once."""
+        if peer not in self._neighbours:
+            self._neighbours[peer] = _Neighbour()
+        self._send_hello(peer)
+        members = [member.record for member in self.presence.members(now)]
+        if members:
+            self._send(peer, Kind.PRESENCE, members)
+
+    def remove_neighbour(self, peer: Peer) -> None:
+        self._neighbours.pop(peer, None)
+        if self._download is not None and self._download.peer == peer:
+            self._download = None
+
+    def neighbours(self) -> list[Peer]:
+        return list(self._neighbours)
+
+    def compare(self, peer: Peer) -> None:
+        """Compare with a neighbour now."""
+        self._send_hello(peer)
+
+    def push(self, operations: Iterable[Operation]) -> None:
+        """Tell the neighbours of operations that were made here."""
+        for op in operations:
+            for neighbour in self._neighbours.values():
+                neighbour.pushes.append(op)
+
+    def push_fork(self, fork: Fork) -> None:
+        for peer in self._neighbours:
+            self._send(peer, Kind.FORKS, [(fork.first.encoded, fork.second.encoded)])
+
+    def announce_checkpoint(self) -> None:
+        """Tell the neighbours that we have another checkpoint."""
+        for peer in self._neighbours:
+            self._send_hello(peer)
+
+    def announce_presence(self, now: float, unix_now: float) -> None:
+        """Announce ourselves now, and every 10 s from now on."""
+        self._presence_at = now + PRESENCE_INTERVAL
+        key, info = self.replica.key, self.presence_info
+        if key is not None and info is not None:
+            record = self.presence.announce(key, info, now, unix_now)
+            for peer in self._neighbours:
+                self._send(peer, Kind.PRESENCE, [record])
+
+    # -- time -----------------------------------------------------------------------------------------------
+    def next_timeout(self) -> float:
+        at = self._hello_at
+        if self.presence_info is not None:
+            at = min(at, self._presence_at)
+        if self._settle_at is not None:
+            at = min(at, self._settle_at)
+        return at
+
+    def handle_timer(self, now: float, unix_now: float) -> None:
+        if self._settle_at is not None and now >= self._settle_at:
+            self._settle_at = None
+            for peer in self._neighbours:
+                if peer != self._settle_not:
+                    self._send_hello(peer)
+        if now >= self._hello_at:
+            self._hello_at = now + self._rng.uniform(*HELLO_INTERVAL)
+            self._forget_old(now)
+            if self._neighbours:
+                self._send_hello(self._rng.choice(list(self._neighbours)))
+        if self.presence_info is not None and now >= self._presence_at:
+            self.announce_presence(now, unix_now)
+
+    def _forget_old(self, now: float) -> None:
+        self._wanted = {key: at for key, at in self._wanted.items() if now - at < 60}
+        for neighbour in self._neighbours.values():
+            if neighbour.in_flight and now - neighbour.last_ack > STALLED:
+                neighbour.in_flight.clear()
+                neighbour.batches.clear()
+        if self._download is not None and now - self._download.asked_at > STALLED:
+            self._download = None
+
+    # -- receiving ------------------------------------------------------------------------------------------
+    def receive_message_untrusted(self, peer: Peer, data: bytes, now: float, unix_now: float) -> None:
+        """A message of `peer`. Raises `RemoteProtocolError` when it is malformed."""
+        self.receive(peer, decode_message_untrusted(data), now, unix_now)
+
+    def receive(
+        self, peer: Peer, message: Message, now: float, unix_now: float, operations: Sequence[Operation] | None = None
+    ) -> None:
+        """The same for a message that is parsed; `operations`: those in it, when they are parsed, too (their
+        signatures may have been checked in a thread)."""
+        neighbour = self._neighbours.get(peer) or _Neighbour()
+        fields = message.fields
+        match message.kind:
+            case Kind.HELLO:
+                self._on_hello(peer, neighbour, fields[0], fields[1], fields[2], now)
+            case Kind.FRONTIER:
+                self._on_frontier(peer, neighbour, message, now)
+            case Kind.OPERATIONS:
+                if operations is None:
+                    operations = decode_operations_untrusted(message)
+                self._on_operations(peer, neighbour, fields[0], operations, now, unix_now)
+            case Kind.ACK:
+                neighbour.in_flight.discard(fields[0])
+                neighbour.last_ack = now
+                self._send_batches(peer, neighbour, now)
+            case Kind.WANT:
+                self._on_want(peer, fields[0])
+            case Kind.FORKS:
+                self._on_forks(peer, fields[0])
+            case Kind.GET_CHECKPOINT:
+                self._on_get_checkpoint(peer, fields[0], fields[1])
+            case Kind.CHECKPOINT:
+                self._on_checkpoint(peer, *fields, now=now)
+            case Kind.PRESENCE:
+                self._on_presence(peer, fields[0], now, unix_now)
+            case Kind.GET_GENESIS:
+                self._send(peer, Kind.GENESIS, self.replica.genesis.encode())
+
+    def _on_hello(
+        self, peer: Peer, neighbour: _Neighbour, digest: bytes, number: int, checkpoint: bytes, now: float
+    ) -> None:
+        if digest == self.digest():
+            neighbour.fruitless = 0
+            if not self.in_step:
+                self.in_step = True
+                self._send_hello(peer)
+            return
+        self.in_step = False
+        own = self.replica.checkpoint
+        if checkpoint != self._checkpoint_id():
+            if self._ranks_above(number, checkpoint):
+                self._get_checkpoint(peer, checkpoint, now)
+            elif own is not None:
+                self._send_hello(peer)
+            return
+        self._send_frontier(peer, neighbour, now)
+
+    def _on_frontier(self, peer: Peer, neighbour: _Neighbour, message: Message, now: float) -> None:
+        number, checkpoint, full, tips, exclusions = message.fields
+        if checkpoint != self._checkpoint_id():
+            if self._ranks_above(number, checkpoint):
+                self._get_checkpoint(peer, checkpoint, now)
+            else:
+                self._send_hello(peer)
+            return
+        news = self._answer_exclusions(peer, exclusions)
+        past, ahead = self._past_of_tips(tips, full)
+        missing = self._missing(past)
+        neighbour.batches = deque(missing)
+        neighbour.in_flight.clear()
+        neighbour.last_ack = now
+        if missing:
+            neighbour.fruitless = 0
+            self._send_batches(peer, neighbour, now)
+        if ahead or news or (full and not missing):
+            self._send_frontier(peer, neighbour, now)
+
+    def _answer_exclusions(self, peer: Peer, exclusions: Sequence[tuple[bytes, int, int]]) -> bool:
+        """Send the proofs the other lacks; whether it has one that we lack."""
+        theirs = {author: (seq, instance) for author, seq, instance in exclusions}
+        ours = self.replica.graph.forks
+        send = [
+            (fork.first.encoded, fork.second.encoded)
+            for author, fork in ours.items()
+            if author not in theirs or fork.place < theirs[author]
+        ]
+        for at in range(0, len(send), MAX_FORKS):
+            self._send(peer, Kind.FORKS, send[at : at + MAX_FORKS])
+        known = {author: (seq, instance) for author, seq, instance in self.replica.graph.exclusions()}
+        return any(author not in known or place < known[author] for author, place in theirs.items())
+
+    def _past_of_tips(self, tips: Sequence[tuple[bytes, int, int, bytes]], full: bool) -> tuple[Past, bool]:
+        """What the sender of these chain ends has of ours, and whether it has something that we lack."""
+        graph = self.replica.graph
+        past: Past = {}
+        ahead = False
+        for author, instance, seq, prefix in tips:
+            found = None
+            branches = graph.chains.get((author, instance), [])
+            for branch in branches:
+                index = seq - branch.first_seq
+                if 0 <= index < len(branch.entries) and branch.entries[index].op.id[:8] == prefix:
+                    found = branch.entries[index]
+            if found is None or not found.counted:
+                ahead = True
+            if found is None and not full and len(branches) == 1 and branches[0].entries[-1].op.seq < seq:
+                found = branches[0].entries[-1]
+            if found is not None:
+                graph.absorb(past, found)
+        return past, ahead
+
+    def _missing(self, past: Past) -> list[Entry]:
+        missing = [
+            entry
+            for branches in self.replica.graph.chains.values()
+            for branch in branches
+            for entry in branch.entries[max(0, past.get(branch, -1) + 1 - branch.first_seq) :]
+            if entry.counted
+        ]
+        missing.sort(key=lambda entry: entry.order)
+        return missing
+
+    def _on_operations(
+        self,
+        peer: Peer,
+        neighbour: _Neighbour,
+        batch: int,
+        operations: Sequence[Operation],
+        now: float,
+        unix_now: float,
+    ) -> None:
+        known = self.replica.operations()
+        for op in operations:
+            self._take(peer, op, batch, now, unix_now)
+        if batch:
+            self._send(peer, Kind.ACK, batch)
+            if self.replica.operations() != known:
+                neighbour.fruitless = 0
+                self._settle_at = self._settle_at or now + SETTLE
+                self._settle_not = peer
+
+    def _take(self, peer: Peer, op: Operation, batch: int, now: float, unix_now: float) -> None:
+        """Take in an operation and those that waited for it."""
+        ready = [(op, peer)]
+        while ready:
+            op, source = ready.pop()
+            if op.id in self._refused or op.id in self.replica.graph.entries:
+                self.counters["repeated"] += 1
+                continue
+            try:
+                admission = self.replica.receive_operation(op, unix_now)
+            except MissingParents as error:
+                self._set_aside(op, source, error.missing, now)
+                continue
+            except NotYet:
+                self.counters["not_yet"] += 1
+                continue
+            except RemoteProtocolError as error:
+                self._refuse(op, error)
+                continue
+            self._after(admission, source, pushed=not batch)
+            for waiting in self._waiting.pop(op.id, ()):
+                held = self._pending.pop(waiting, None)
+                if held is not None:
+                    self._pending_bytes -= len(held[0].encoded)
+                    self._pending_of[held[1]] -= 1
+                    ready.append(held)
+
+    def _after(self, admission: Admission, source: Peer, *, pushed: bool) -> None:
+        self.counters["admitted"] += 1
+        if admission.fork is not None:
+            self.counters["forks"] += 1
+            self.push_fork(admission.fork)
+        if pushed:
+            for entry in admission.counted:
+                for peer, neighbour in self._neighbours.items():
+                    if peer != source:
+                        neighbour.pushes.append(entry.op)
+
+    def _refuse(self, op: Operation, error: RemoteProtocolError) -> None:
+        self.counters["refused"] += 1
+        self._refused[op.id] = None
+        if len(self._refused) > _REFUSED_KEPT:
+            self._refused.popitem(last=False)
+
+    def refused(self) -> int:
+        """Operations refused so far."""
+        return self.counters["refused"]
+
+    def _set_aside(self, op: Operation, peer: Peer, missing: Sequence[bytes], now: float) -> None:
+        if op.id not in self._pending:
+            if not op.check_signature(self.replica.space):
+                self._refuse(op, RemoteProtocolError("wrong signature"))
+                return
+            self._pending[op.id] = (op, peer)
+            self._pending_bytes += len(op.encoded)
+            self._pending_of[peer] += 1
+            for parent in missing:
+                self._waiting.setdefault(parent, set()).add(op.id)
+            if self._pending_of[peer] > REPLICA_MAX_PENDING_PER_PEER:
+                self._drop_pending(next(key for key, (_, source) in self._pending.items() if source == peer))
+            while len(self._pending) > REPLICA_MAX_PENDING or self._pending_bytes > REPLICA_MAX_PENDING_BYTES:
+                self._drop_pending(next(iter(self._pending)))
+        want = [
+            parent
+            for parent in missing
+            if parent not in self._pending and now - self._wanted.get(parent, -1e9) > WANT_AGAIN
+        ]
+        for parent in want[:REPLICA_MAX_WANTED]:
+            self._wanted[parent] = now
+        if want:
+            self._send(peer, Kind.WANT, want[:REPLICA_MAX_WANTED])
+
+    def _drop_pending(self, key: bytes) -> None:
+        op, peer = self._pending.pop(key)
+        self._pending_bytes -= len(op.encoded)
+        self._pending_of[peer] -= 1
+        if not self._pending_of[peer]:
+            del self._pending_of[peer]
+        for parent in op.parents:
+            waiting = self._waiting.get(parent)
+            if waiting is not None:
+                waiting.discard(key)
+                if not waiting:
+                    del self._waiting[parent]
+
+    def _on_want(self, peer: Peer, ids: Sequence[bytes]) -> None:
+        graph = self.replica.graph
+        found = sorted((graph.entries[key] for key in set(ids) if key in graph.entries), key=lambda e: e.order)
+        operations = [entry.op for entry in found]
+        for start, stop in _batches(operations):
+            self._send(peer, Kind.OPERATIONS, 0, [op.encoded for op in operations[start:stop]])
+
+    def _on_forks(self, peer: Peer, forks: Sequence[tuple[bytes, bytes]]) -> None:
+        for pair in forks:
+            ops = [Operation.decode_untrusted(data, self.replica.space) for data in pair]
+            try:
+                admission = self.replica.receive_fork(Fork(*ops))
+            except NotYet:
+                self.counters["not_yet"] += 1
+                continue
+            except RemoteProtocolError:
+                self.counters["refused"] += 1
+                continue
+            if admission.fork is not None:
+                self._after(admission, peer, pushed=False)
+
+    # -- checkpoints ----------------------------------------------------------------------------------------
+    def _checkpoint_id(self) -> bytes:
+        return bytes(32) if self.replica.checkpoint is None else self.replica.checkpoint.id
+
+    def _ranks_above(self, number: int, checkpoint: bytes) -> bool:
+        """Whether a checkpoint that somebody names is to be taken instead of ours."""
+        own = self.replica.checkpoint
+        if not number or checkpoint in self._bad_checkpoints:
+            return False
+        return own is None or (number, own.id) > (own.number, checkpoint)
+
+    def _get_checkpoint(self, peer: Peer, checkpoint: bytes, now: float) -> None:
+        if self._download is None:
+            self._download = _Download(peer, checkpoint, bytearray(), now)
+            self._send(peer, Kind.GET_CHECKPOINT, checkpoint, 0)
+
+    def _on_get_checkpoint(self, peer: Peer, checkpoint: bytes, offset: int) -> None:
+        own = self.replica.checkpoint
+        if own is None or checkpoint != own.id:
+            self._send_hello(peer)
+            return
+        if self._checkpoint_bytes[0] != checkpoint:
+            self._checkpoint_bytes = (checkpoint, own.encode())
+        data = self._checkpoint_bytes[1]
+        self._send(peer, Kind.CHECKPOINT, checkpoint, offset, len(data), data[offset : offset + CHUNK])
+
+    def _on_checkpoint(
+        self, peer: Peer, checkpoint: bytes, offset: int, total: int, data: bytes, *, now: float
+    ) -> None:
+        download = self._download
+        if download is None or (download.peer, download.id) != (peer, checkpoint) or offset != len(download.data):
+            return
+        download.data += data
+        download.asked_at = now
+        if not data or len(download.data) > min(total, REPLICA_MAX_CHECKPOINT_BYTES):
+            self._download = None
+            self._give_up_checkpoint(checkpoint)
+        elif len(download.data) < total:
+            self._send(peer, Kind.GET_CHECKPOINT, checkpoint, len(download.data))
+        else:
+            self._download = None
+            try:
+                taken = self.replica.receive_checkpoint(bytes(download.data))
+            except RemoteProtocolError:
+                self._give_up_checkpoint(checkpoint)
+                return
+            if taken:
+                self.counters["checkpoints"] += 1
+                for neighbour in self._neighbours.values():
+                    neighbour.batches.clear()
+                self.announce_checkpoint()
+
+    def _give_up_checkpoint(self, checkpoint: bytes) -> None:
+        self.counters["refused_checkpoints"] += 1
+        self._bad_checkpoints[checkpoint] = None
+        if len(self._bad_checkpoints) > _REFUSED_KEPT:
+            self._bad_checkpoints.popitem(last=False)
+
+    # -- presence -------------------------------------------------------------------------------------------
+    def _on_presence(self, peer: Peer, records: Sequence[Record], now: float, unix_now: float) -> None:
+        news = [record for record in records if self.presence.receive_untrusted(record, now, unix_now)]
+        if news:
+            for other in self._neighbours:
+                if other != peer:
+                    self._send(other, Kind.PRESENCE, news)
+
+    # -- sending --------------------------------------------------------------------------------------------
+    def poll_transmit(self) -> list[tuple[Peer, bytes]]:
+        """Messages to send, each to its neighbour."""
+        for peer, neighbour in self._neighbours.items():
+            pushes, neighbour.pushes = neighbour.pushes, []
+            for start, stop in _batches(pushes):
+                self._send(peer, Kind.OPERATIONS, 0, [op.encoded for op in pushes[start:stop]])
+        out, self._transmit = self._transmit, []
+        return out
+
+    def digest(self) -> bytes:
+        """What HELLO says we have."""
+        replica = self.replica
+        heads = b"".join(sorted(replica.graph.heads))
+        own = self._checkpoint_id() + replica.exclusions_digest() + heads
+        return blake3(b"lattica-replica-digest" + own).digest()
+
+    def _send(self, peer: Peer, kind: Kind, *fields: object) -> None:
+        self._transmit.append((peer, encode_message(kind, self.replica.space, *fields)))
+
+    def _send_hello(self, peer: Peer) -> None:
+        number = 0 if self.replica.checkpoint is None else self.replica.checkpoint.number
+        self._send(peer, Kind.HELLO, self.digest(), number, self._checkpoint_id())
+
+    def _send_frontier(self, peer: Peer, neighbour: _Neighbour, now: float) -> None:
+        if now - neighbour.frontier_at < FRONTIER_PAUSE:
+            return
+        neighbour.frontier_at = now
+        full = neighbour.fruitless >= FRUITLESS
+        neighbour.fruitless = 0 if full else neighbour.fruitless + 1
+        tips = []
+        for (author, instance), branches in self.replica.graph.chains.items():
+            for branch in branches:
+                last = next((entry for entry in reversed(branch.entries) if entry.counted), None)
+                if last is not None:
+                    tips.append((author, instance, last.op.seq, last.op.id[:8]))
+        number = 0 if self.replica.checkpoint is None else self.replica.checkpoint.number
+        exclusions = self.replica.graph.exclusions()
+        self._send(peer, Kind.FRONTIER, number, self._checkpoint_id(), full, tips, exclusions)
+
+    def _send_batches(self, peer: Peer, neighbour: _Neighbour, now: float) -> None:
+        while neighbour.batches and len(neighbour.in_flight) < REPLICA_BATCHES_IN_FLIGHT:
+            operations: list[bytes] = []
+            size = 0
+            while neighbour.batches and len(operations) < REPLICA_BATCH_OPERATIONS and size < REPLICA_BATCH_BYTES:
+                entry = neighbour.batches.popleft()
+                operations.append(entry.op.encoded)
+                size += len(entry.op.encoded)
+            neighbour.batch += 1
+            neighbour.in_flight.add(neighbour.batch)
+            self._send(peer, Kind.OPERATIONS, neighbour.batch, operations)
+
+
+def decode_operations_untrusted(message: Message) -> list[Operation]:
+    """The operations of an OPERATIONS message, their signatures not checked yet."""
+    return [Operation.decode_untrusted(data, message.space) for data in message.fields[1]]
+
+
+def _batches(operations: Sequence[Operation]) -> Iterable[tuple[int, int]]:
+    """Cut a list of operations into pieces that fit a message."""
+    start = size = 0
+    for index, op in enumerate(operations):
+        full = size + len(op.encoded) > REPLICA_BATCH_BYTES or index - start >= REPLICA_BATCH_OPERATIONS
+        if index > start and full:
+            yield start, index
+            start, size = index, 0
+        size += len(op.encoded)
+    if start < len(operations):
+        yield start, len(operations)

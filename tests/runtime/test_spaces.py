@@ -1,0 +1,188 @@
+"""Spaces over real nodes: create, join, edit on both sides, members, restart, bad input."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+import lattica
+from lattica.node import Node, NodeConfig, open_node
+from lattica.replica import Space
+from lattica_protocols.replica.proof import verify_proof_untrusted
+
+TCP = "/ip4/127.0.0.1/tcp/0"
+
+
+@asynccontextmanager
+async def two_nodes(tmp_path: Path) -> AsyncIterator[tuple[Node, Node]]:
+    async with open_node(NodeConfig(home=tmp_path / "one", listen=[TCP], kad_mode="server")) as one:
+        addr = f"{one.host.listen_addrs()[0]}/p2p/{one.peer_id}"
+        config = NodeConfig(home=tmp_path / "two", listen=[TCP], bootstrap=[addr], kad_mode="server")
+        async with open_node(config) as two:
+            await two.wait_identified(one.peer_id)
+            await one.wait_identified(two.peer_id)
+            yield one, two
+
+
+async def until_equal(*spaces: Space) -> None:
+    with trio.fail_after(20):
+        while len({space.root() for space in spaces}) > 1:
+            await trio.testing.wait_all_tasks_blocked(0.005)
+
+
+def test_two_members_write_and_read_each_other(run, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with two_nodes(tmp_path) as (one, two):
+            space = await one.spaces.create("roster", [two.peer_id])
+            space["model"] = {"name": "tiny", "layers": [1, 2]}
+            space.counter("calls").increment(5)
+            other = await two.spaces.join(space.id)
+            await until_equal(space, other)
+            assert other["model"].value() == {"name": "tiny", "layers": [1, 2]}
+            other["model"]["layers"].append(3)
+            other.counter("calls").increment()
+            with other.transaction():
+                other.text("notes").append("hello")
+                other.set("workers").add("w1")
+                other.list("queue").extend([1, 2, 3])
+            await until_equal(space, other)
+            assert space["model"]["layers"] == [1, 2, 3]
+            assert space.counter("calls").value() == 6
+            assert space.snapshot() == other.snapshot()
+            assert str(space.text("notes")) == "hello"
+            assert [entry.author for entry in space.log()].count(two.peer_id) == 3
+            assert space.verify().ok
+            proof = space.prove(space.log()[-1].id)
+            assert len(proof) < 4096
+            assert verify_proof_untrusted(proof).root == other.root()
+
+    run(main)
+
+
+def test_changes_are_watched(run, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with two_nodes(tmp_path) as (one, two):
+            space = await one.spaces.create("roster", [two.peer_id])
+            space["a"] = 0
+            other = await two.spaces.join(space.id)
+            await until_equal(space, other)
+            seen = []
+
+            async def watch(task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+                changes = other.watch()
+                task_status.started()
+                async for change in changes:
+                    seen.append((change.kind, change.name, change.key, change.action, change.value))
+                    if len(seen) == 3:
+                        return
+
+            async with trio.open_nursery() as nursery:
+                await nursery.start(watch)
+                await trio.testing.wait_all_tasks_blocked(0.01)
+                space["a"] = 1
+                space["a"] = 2
+                other.list("l").append("x")
+            assert sorted(map(str, seen)) == sorted(
+                map(
+                    str,
+                    [
+                        ("map", "data", "a", "set", 1),
+                        ("map", "data", "a", "set", 2),
+                        ("list", "l", None, "edit", [{"insert": ["x"]}]),
+                    ],
+                )
+            )
+
+    run(main)
+
+
+def test_rights_and_bad_input(run, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with two_nodes(tmp_path) as (one, two):
+            space = await one.spaces.create("mine")
+            other = await two.spaces.join(space.id)
+            with pytest.raises(lattica.NotWriter, match=str(one.peer_id)):
+                other["x"] = 1
+            with pytest.raises(lattica.NotWriter):
+                other.add_writer(two.peer_id)
+            space.add_writer(two.peer_id)
+            await until_equal(space, other)
+            other["x"] = 1
+            await until_equal(space, other)
+            space.remove_writer(two.peer_id)
+            await until_equal(space, other)
+            with pytest.raises(lattica.NotWriter):
+                other["x"] = 2
+            assert space["x"] == 1
+            for value in (object(), {1: 2}, 1 << 70):
+                with pytest.raises(lattica.InvalidArgument):
+                    space["bad"] = value
+            with pytest.raises(lattica.InvalidArgument, match="over the limit"):
+                space["big"] = os.urandom(300_000)
+            assert "big" not in space
+            space["fine"] = True
+            with pytest.raises(lattica.SpaceNotFound, match="join"):
+                one.spaces.get("nothing")
+            unknown = space.id[:-8] + "aaaaaaaa"
+            with pytest.raises((lattica.SpaceNotFound, lattica.InvalidArgument)):
+                await one.spaces.join(unknown, timeout=1.5)
+
+    run(main)
+
+
+def test_a_space_is_there_after_a_restart_and_goes_on(run, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with open_node(NodeConfig(home=tmp_path / "one", listen=[TCP])) as one:
+            space = await one.spaces.create("kept")
+            for i in range(20):
+                space[f"k{i}"] = i
+            root, name = space.root(), space.id
+        async with open_node(NodeConfig(home=tmp_path / "one", listen=[TCP])) as one:
+            space = one.spaces.get(name)
+            assert space.root() == root
+            space["more"] = 1
+            space.checkpoint()
+            space["after"] = 2
+            root = space.root()
+        async with open_node(NodeConfig(home=tmp_path / "one", listen=[TCP])) as one:
+            space = one.spaces.get("kept")
+            assert space.root() == root
+            assert space["k3"] == 3
+            assert space["after"] == 2
+            assert len(space.log()) == 1
+            assert space.operations() == 22
+            assert space.verify().ok
+
+    run(main)
+
+
+def test_a_damaged_database_is_replaced_from_another_member(run, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with open_node(NodeConfig(home=tmp_path / "one", listen=[TCP], kad_mode="server")) as one:
+            addr = f"{one.host.listen_addrs()[0]}/p2p/{one.peer_id}"
+            config = NodeConfig(home=tmp_path / "two", listen=[TCP], bootstrap=[addr], kad_mode="server")
+            space = await one.spaces.create("kept", [])
+            async with open_node(config) as two:
+                space.add_writer(two.peer_id)
+                other = await two.spaces.join(space.id, [one.peer_id])
+                await until_equal(space, other)
+                other["x"] = 1
+                await until_equal(space, other)
+            database = tmp_path / "two" / "spaces.db"
+            database.write_bytes(b"no database " * 1000)
+            async with open_node(config) as two:
+                assert "damaged" in (two.spaces.store.damaged or "")
+                other = two.spaces.get(space.id)
+                await until_equal(space, other)
+                assert other["x"] == 1
+                other["x"] = 2
+                await until_equal(space, other)
+                assert not space.excluded
+
+    run(main)

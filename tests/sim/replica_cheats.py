@@ -1,0 +1,139 @@
+"""What members that cheat do: they hold a writer's key and a replica, and keep no rule."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from pycrdt import Doc, Map
+from replica_network import UNIX, Member, Network
+
+from lattica_protocols.keys import PrivateKey
+from lattica_protocols.limits import REPLICA_MAX_UPDATE_BYTES
+from lattica_protocols.replica.graph import client_id
+from lattica_protocols.replica.messages import Kind as MessageKind
+from lattica_protocols.replica.messages import encode_message
+from lattica_protocols.replica.operation import Kind, Operation
+
+
+def cheat(network: Network, member: Member) -> None:
+    """One thing that no honest member would do."""
+    rng = network.rng
+    way = rng.choice(WAYS)
+    for target, ops in way(network, member, rng):
+        for op in ops:
+            data = encode_message(MessageKind.OPERATIONS, network.genesis.id, 0, [op.encoded])
+            for _ in range(3):  # the network loses a part
+                network.send(member.number, target, data)
+
+
+Sent = list[tuple[int, list[Operation]]]
+
+
+def _next(network: Network, member: Member, body: bytes, kind: int = Kind.EDIT, **other: Any) -> Operation:
+    """What the member's next operation would be, unless `other` says otherwise."""
+    replica = member.replica
+    chain = (member.key.public_key.data, replica.instance)
+    tip = replica.graph.tip(chain)
+    previous = [] if tip is None else [tip.op.id]
+    fields: dict[str, Any] = {
+        "kind": kind,
+        "instance": replica.instance,
+        "seq": 0 if tip is None else tip.op.seq + 1,
+        "parents": [*previous, *sorted(replica.graph.heads.difference(previous))],
+        "time": int(UNIX + network.now),
+        "body": body,
+    }
+    return Operation.seal(member.key, network.genesis.id, **(fields | other))
+
+
+def _update(member: Member, value: object, client: int | None = None) -> bytes:
+    """An update as the member's next edit of a key that others use, too."""
+    doc: Doc[Any] = Doc(client_id=client if client is not None else member.replica.doc.client_id)
+    doc.apply_update(member.replica.doc.get_update())
+    seen: list[bytes] = []
+    subscription = doc.observe(lambda event: seen.append(event.update))
+    doc.get("m:config", type=Map)["key0"] = value
+    doc.unobserve(subscription)
+    return seen[0]
+
+
+def equivocate(network: Network, member: Member, rng: random.Random) -> Sent:
+    """Two operations with one sequence number, to different neighbours; sometimes something on top of each."""
+    first, second = (_next(network, member, _update(member, value)) for value in ("first", "other"))
+    return [(target, [rng.choice((first, second))]) for target in member.neighbours]
+
+
+def forge_signature(network: Network, member: Member, rng: random.Random) -> Sent:
+    op = _next(network, member, _update(member, "forged"))
+    data = op.encoded[:-1] + bytes([op.encoded[-1] ^ 1])
+    return [(target, [Operation.decode_untrusted(data, network.genesis.id)]) for target in member.neighbours]
+
+
+def withhold(network: Network, member: Member, rng: random.Random) -> Sent:
+    """An operation linked to one that nobody ever gets."""
+    op = _next(network, member, b"", parents=[rng.randbytes(32)], seq=0, instance=rng.getrandbits(32))
+    return [(target, [op]) for target in member.neighbours]
+
+
+def grant_without_right(network: Network, member: Member, rng: random.Random) -> Sent:
+    friend = PrivateKey.generate(rng.randbytes(32))
+    op = _next(network, member, friend.public_key.data, Kind.GRANT)
+    own = Operation.seal(
+        friend, network.genesis.id, instance=0, seq=0, parents=[op.id], time=int(UNIX + network.now), body=b""
+    )
+    return [(target, [op, own]) for target in member.neighbours]
+
+
+def take_anothers_client(network: Network, member: Member, rng: random.Random) -> Sent:
+    """Items under the client id of somebody else, or at clocks that were used."""
+    victim = rng.choice(network.honest())
+    client = client_id(victim.key.public_key.data, victim.replica.instance)
+    op = _next(network, member, _update(member, "stolen", client))
+    return [(target, [op]) for target in member.neighbours]
+
+
+def reuse_clock(network: Network, member: Member, rng: random.Random) -> Sent:
+    fresh: Doc[Any] = Doc(client_id=member.replica.doc.client_id)
+    fresh.get("m:config", type=Map)["key1"] = "again"
+    op = _next(network, member, fresh.get_update())
+    return [(target, [op]) for target in member.neighbours]
+
+
+def oversize(network: Network, member: Member, rng: random.Random) -> Sent:
+    op = _next(network, member, b"\x00" * REPLICA_MAX_UPDATE_BYTES)
+    return [(member.neighbours[0], [op])]
+
+
+def replay(network: Network, member: Member, rng: random.Random) -> Sent:
+    entries = member.replica.graph.counted()
+    return [(target, [rng.choice(entries).op]) for target in member.neighbours if entries]
+
+
+def from_the_future(network: Network, member: Member, rng: random.Random) -> Sent:
+    op = _next(network, member, b"", time=int(UNIX + 10_000_000))
+    return [(target, [op]) for target in member.neighbours]
+
+
+def garbage(network: Network, member: Member, rng: random.Random) -> Sent:
+    for target in member.neighbours:
+        kind = rng.choice(list(MessageKind))
+        network.send(member.number, target, encode_message(kind, network.genesis.id, rng.randbytes(rng.randrange(40))))
+        network.send(member.number, target, rng.randbytes(rng.randrange(60)))
+    op = _next(network, member, rng.randbytes(rng.randrange(1, 30)))
+    return [(target, [op]) for target in member.neighbours]
+
+
+WAYS = [
+    equivocate,
+    equivocate,
+    forge_signature,
+    withhold,
+    grant_without_right,
+    take_anothers_client,
+    reuse_clock,
+    oversize,
+    replay,
+    from_the_future,
+    garbage,
+]
