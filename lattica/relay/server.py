@@ -14,6 +14,7 @@ import trio
 
 from lattica.errors import ConnectionLost, LatticaError, ProtocolNotSupported
 from lattica.host import PeerDisconnected
+from lattica.negotiate import LazyStream
 from lattica.relay.splice import Ledger, Splice
 from lattica_protocols.errors import ProtocolError, RemoteProtocolError
 from lattica_protocols.limits import RELAY_MAX_MESSAGE_BYTES, RELAY_SETUP_SECONDS
@@ -203,6 +204,8 @@ class RelayServer:
         try:
             peer = RelayPeer.make(circuit.target, _seen_at(other.connection))
             await stream.send_frame(hop_status(Status.OK, limit=self.table.limits.message(), peer=peer))
+            if isinstance(other, LazyStream):
+                other = other.negotiated()
             splice = Splice(
                 stream, other, self.circuits, self._shares, self._host.nursery, self.table.limits.circuit_bytes
             )
