@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from lattica.errors import ConnectError, LatticaError
-from lattica.host import PeerConnected
+from lattica.host import PeerConnected, PeerDisconnected
 from lattica.listen_addrs import interface_networks
 from lattica.negotiate import LazyStream
 from lattica_protocols import dcutr
@@ -127,6 +127,8 @@ class HolePuncher:
             async for event in events:
                 if isinstance(event, PeerConnected):
                     self._consider(event.connection, nursery)
+                elif isinstance(event, PeerDisconnected):
+                    self._direct.pop(event.peer, None)
 
     def _consider(self, connection: Connection, nursery: trio.Nursery) -> None:
         """A connection is up."""

@@ -18,7 +18,7 @@ from lattica.errors import ConnectError, DialError
 from lattica.host import PeerDisconnected, PeerIdentified
 from lattica.peerstore import FOUND_TTL, PERMANENT
 from lattica.relay.requests import CIRCUIT, Granted, reserve
-from lattica_protocols.limits import RELAY_MAX_ADVERTISED_ADDRS
+from lattica_protocols.limits import RELAY_MAX_ADVERTISED_ADDRS, RELAY_MAX_CANDIDATES
 from lattica_protocols.relay.keeper import WANTED_RESERVATIONS, Release, ReservationKeeper, Reserve, Search
 from lattica_protocols.relay.messages import HOP_PROTOCOL
 
@@ -145,7 +145,8 @@ class RelayClient:
             granted = await reserve(self._host, connection)
         except DialError as error:
             log.info("reservation_failed relay=%s error=%s", relay.short(), error)
-            self.last_error[relay] = str(error)
+            if len(self.last_error) < RELAY_MAX_CANDIDATES or relay in self.last_error:
+                self.last_error[relay] = str(error)
             self._forget(relay)
             self._keeper.refused(relay, trio.current_time())
         else:
