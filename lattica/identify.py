@@ -131,7 +131,7 @@ class IdentifyService:
         if addrs:
             self._host.peerstore.add_addrs(peer, [a for a in addrs if a.peer_id() in (None, peer)], CONNECTED_TTL)
         if message.observed_addr is not None:
-            self.observed[peer] = message.observed_addr
+            self.observed[peer] = connection.observed_addr = message.observed_addr
         before = self._host.peerstore.info(peer) or PeerInfo()
         self._host.publish_identified(
             peer,

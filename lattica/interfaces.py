@@ -177,6 +177,8 @@ class Connection(ABC):
     received_bytes: int = 0
     rtt: float | None = None
     """Smoothed round-trip time in seconds, `None` before the first measurement."""
+    observed_addr: Multiaddr | None = None
+    """Where the peer sees us, as it says by identify; `None` before it did."""
     closed: trio.Event
     """Set once, when the connection is gone, whoever ended it."""
     close_error: Exception | None = None

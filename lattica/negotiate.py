@@ -121,6 +121,10 @@ class LazyStream(Stream):
         for chunk in _drain(self._machine):
             raw.write(chunk)
 
+    def negotiated(self) -> Stream:
+        """The stream itself, once the peer's answer was read; until then this object has to stay in between."""
+        return self if self._machine is not None else self._raw
+
     # -- the answer ---------------------------------------------------------------------------------------
     def _receive_answer(self, data: bytes) -> bytes | None:
         """Feed the machine; the bytes that follow the answer once it is complete."""

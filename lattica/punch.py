@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from lattica.errors import ConnectError, LatticaError
-from lattica.host import PeerConnected
+from lattica.host import PeerConnected, PeerDisconnected
 from lattica.listen_addrs import interface_networks
 from lattica.negotiate import LazyStream
 from lattica_protocols import dcutr
@@ -127,6 +127,8 @@ class HolePuncher:
             async for event in events:
                 if isinstance(event, PeerConnected):
                     self._consider(event.connection, nursery)
+                elif isinstance(event, PeerDisconnected):
+                    self._direct.pop(event.peer, None)
 
     def _consider(self, connection: Connection, nursery: trio.Nursery) -> None:
         """A connection is up."""
@@ -384,9 +386,8 @@ class HolePuncher:
         """What directly connected peers see as the address of a socket we listen on, the most often seen first."""
         votes: dict[Multiaddr, int] = {}
         for connection in self._host.connections():
-            info = self._host.peerstore.info(connection.peer_id)
-            observed = None if info is None or connection.path == "relay" else info.observed_addr
-            if observed is None or observed.is_circuit:
+            observed = connection.observed_addr
+            if observed is None or observed.is_circuit or connection.path == "relay":
                 continue
             found, local = observed.host_port(), connection.local_addr.host_port()
             if found and local and local[2] == self._listening_port(found[0], connection.local_addr):
@@ -404,7 +405,7 @@ class HolePuncher:
 
     def _source_port(self, peer: PeerId | None, addr: Multiaddr) -> int | None:
         """Relays are dialled from the port we listen on: then they see the mapping that partners can use."""
-        return self._listening_port("tcp", addr) if peer in self._circuits.relays else None
+        return self._listening_port("tcp", addr) if self._circuits.is_relay(peer) else None
 
     # -- state --------------------------------------------------------------------------------------------
     def _is_direct(self, peer: PeerId) -> bool:

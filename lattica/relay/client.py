@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from lattica.errors import DialError
+from lattica.errors import ConnectError, DialError
 from lattica.host import PeerDisconnected, PeerIdentified
 from lattica.peerstore import FOUND_TTL, PERMANENT
 from lattica.relay.requests import CIRCUIT, Granted, reserve
-from lattica_protocols.limits import RELAY_MAX_ADVERTISED_ADDRS
+from lattica_protocols.limits import RELAY_MAX_ADVERTISED_ADDRS, RELAY_MAX_CANDIDATES
 from lattica_protocols.relay.keeper import WANTED_RESERVATIONS, Release, ReservationKeeper, Reserve, Search
 from lattica_protocols.relay.messages import HOP_PROTOCOL
 
@@ -145,7 +145,8 @@ class RelayClient:
             granted = await reserve(self._host, connection)
         except DialError as error:
             log.info("reservation_failed relay=%s error=%s", relay.short(), error)
-            self.last_error[relay] = str(error)
+            if len(self.last_error) < RELAY_MAX_CANDIDATES or relay in self.last_error:
+                self.last_error[relay] = str(error)
             self._forget(relay)
             self._keeper.refused(relay, trio.current_time())
         else:
@@ -153,6 +154,7 @@ class RelayClient:
             self._keeper.granted(relay, granted.seconds, trio.current_time())
             if relay in self._keeper.held() and not connection.closed.is_set():
                 self._keep(relay, connection, granted)
+                self._host.nursery.start_soon(self._be_seen, relay)
             else:
                 self._forget(relay)
                 self._keeper.lost(relay, trio.current_time())
@@ -171,6 +173,20 @@ class RelayClient:
         if self._addrs.get(relay) != chosen:
             self._addrs[relay] = chosen
             self._tell()
+
+    async def _be_seen(self, relay: PeerId) -> None:
+        """Connect with the relay over the other transport, too: it tells how our NAT maps TCP and UDP ports, which is
+        what partners need for hole punching."""
+        transports = {connection.path for connection in self._host.connections(relay)}
+        for path, kind in (("tcp", "tcp"), ("quic", "udp")):
+            known = [(addr, addr.host_port()) for addr in self._host.peerstore.addrs(relay) if not addr.is_circuit]
+            addrs = [addr for addr, found in known if found is not None and found[0] == kind]
+            if path in transports or not addrs:
+                continue
+            try:
+                await self._host.dial(relay, addrs)
+            except ConnectError as error:
+                log.debug("relay_not_seen relay=%s path=%s error=%s", relay.short(), path, error)
 
     def _forget(self, relay: PeerId) -> None:
         self._transport.relays.discard(relay)

@@ -31,9 +31,8 @@ def is_behind_nat(host: Host) -> bool:
         return False
     seen = set()
     for connection in host.connections():
-        info = host.peerstore.info(connection.peer_id)
-        observed = None if info is None or connection.path == "relay" else info.observed_addr
-        ip = None if observed is None or observed.is_circuit else observed.ip()
+        observed = connection.observed_addr
+        ip = None if observed is None or observed.is_circuit or connection.path == "relay" else observed.ip()
         if ip is not None:
             seen.add(ip)
     return bool(seen) and not seen <= set(interface_ips())

@@ -14,6 +14,7 @@ import trio
 
 from lattica.errors import ConnectionLost, LatticaError, ProtocolNotSupported
 from lattica.host import PeerDisconnected
+from lattica.negotiate import LazyStream
 from lattica.relay.splice import Ledger, Splice
 from lattica_protocols.errors import ProtocolError, RemoteProtocolError
 from lattica_protocols.limits import RELAY_MAX_MESSAGE_BYTES, RELAY_SETUP_SECONDS
@@ -69,6 +70,7 @@ class RelayServer:
         self.serving = False
         self._host = host
         self._clock = clock
+        self._protected: set[PeerId] = set()
         self._shares = FairShares(bytes_per_second, trio.current_time())
 
     def start(self) -> None:
@@ -94,7 +96,13 @@ class RelayServer:
     async def _follow_peers(self) -> None:
         async for event in self._host.subscribe():
             if isinstance(event, PeerDisconnected):
-                self.table.peer_gone(event.peer)
+                self._gone(event.peer)
+
+    def _gone(self, peer: PeerId) -> None:
+        self.table.peer_gone(peer)
+        if peer in self._protected:
+            self._protected.discard(peer)
+            self._host.unprotect(peer)
 
     async def _end_idle(self) -> None:
         while True:
@@ -138,6 +146,9 @@ class RelayServer:
             return
         if not self._host.connections(peer):
             self.table.peer_gone(peer)  # it left while it asked, and nobody will tell us again
+        elif peer not in self._protected:
+            self._protected.add(peer)
+            self._host.protect(peer)  # whoever relies on us is not cut off to make room
         expire = int(self._clock() + self.table.limits.reservation_seconds)
         voucher = Voucher(self._host.peer_id, peer, expire).seal(self._host.key)
         addrs = tuple(addr.with_peer(self._host.peer_id).to_bytes() for addr in self._own_addrs(connection))
@@ -193,6 +204,8 @@ class RelayServer:
         try:
             peer = RelayPeer.make(circuit.target, _seen_at(other.connection))
             await stream.send_frame(hop_status(Status.OK, limit=self.table.limits.message(), peer=peer))
+            if isinstance(other, LazyStream):
+                other = other.negotiated()
             splice = Splice(
                 stream, other, self.circuits, self._shares, self._host.nursery, self.table.limits.circuit_bytes
             )

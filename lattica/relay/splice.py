@@ -1,11 +1,11 @@
 """Two streams joined into a circuit: what comes from one goes to the other, bytes as they are.
 
-    source connection  --decrypt-->  sink of one stream  --write_through-->  encrypt  --> target connection
+    source connection  --decrypt-->  sink of one stream  --borrow, settle-->  encrypt  --> target connection
 
 No task stands in between. The sink is called by the task that reads the one connection, with memory that holds what
-was just decrypted; `write_through` sends from there over the other connection, and copies only what its socket does
-not take. When a queue has grown over the mark of `Stream.drain`, the sender gets no more window until it is below, so
-one direction holds that mark and one window at most. `Ledger` bounds the sum over all circuits.
+was just decrypted. All of one read is sent from there at once over the other connection, and only what its socket does
+not take is copied. When a queue has grown over the mark of `Stream.drain`, the sender gets no more window until it is
+below, so one direction holds that mark and one window at most. `Ledger` bounds the sum over all circuits.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from lattica.errors import LatticaError
+from lattica.transports.muxed_stream import MuxedStream
 from lattica_protocols.limits import RELAY_MAX_HELD, RELAY_MAX_WINDOW_BYTES, RELAY_WINDOW_BYTES
 
 if TYPE_CHECKING:
@@ -40,15 +41,36 @@ class Half:
         self._reading = reading
         self._writing = writing
         self._draining = False
+        self._batched: tuple[MuxedStream, MuxedStream] | None = None
+        if isinstance(reading, MuxedStream) and isinstance(writing, MuxedStream):
+            self._batched = reading, writing
+        self._borrowed = 0
 
     # -- called by the reading connection -----------------------------------------------------------------
     def data_received(self, data: memoryview) -> None:
-        splice, size = self._splice, len(data)
         try:
-            self._writing.write_through(data)
+            if self._batched is None:
+                self._writing.write_through(data)
+            elif self._borrowed or self._batched[0].when_read(self._settle):
+                self._batched[1].borrow(data)
+                self._borrowed += len(data)
+                return
+            else:
+                self._batched[1].write_through(data)
         except LatticaError:
-            splice.abort("one side does not take any more")
-            return
+            self._splice.abort("one side does not take any more")
+        else:
+            self._carried(len(data))
+
+    def _settle(self) -> None:
+        """All of one read was delivered."""
+        size, self._borrowed = self._borrowed, 0
+        if self._batched is not None:
+            self._batched[1].settle()
+            self._carried(size)
+
+    def _carried(self, size: int) -> None:
+        splice = self._splice
         self.carried += size
         splice.ledger.carried_bytes += size
         splice.active = True

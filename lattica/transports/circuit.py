@@ -68,6 +68,10 @@ class CircuitTransport(Transport):
         """About a relayed connection of this transport that is up."""
         return self._facts.get(connection)
 
+    def is_relay(self, peer: PeerId | None) -> bool:
+        """Whether we use `peer` as a relay, or are about to."""
+        return peer in self.relays or peer in self._dialling
+
     # -- dialling -----------------------------------------------------------------------------------------
     def can_dial(self, addr: Multiaddr) -> bool:
         return addr.names().count("p2p-circuit") == 1 and addr.relay_id() not in (None, self._host.peer_id)

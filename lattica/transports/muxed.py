@@ -144,6 +144,7 @@ class MuxedConnection(Connection):
         self._lingering: dict[MuxedStream, float] = {}
         # reading
         self._reading = False
+        self._read_over: list[Callable[[], None]] = []
         self._read_at = self.opened_at
         # writing
         self._out: memoryview | None = None
@@ -217,6 +218,12 @@ class MuxedConnection(Connection):
     def now(self) -> float:
         """Seconds. Inside a read all of its data counts as received at one moment."""
         return self._read_at if self._reading else trio.current_time()
+
+    def when_read(self, call: Callable[[], None]) -> bool:
+        """See `MuxedStream.when_read`."""
+        if self._reading:
+            self._read_over.append(call)
+        return self._reading
 
     def wake_writer(self) -> None:
         """Something was queued: send it at the end of this turn."""
@@ -381,6 +388,8 @@ class MuxedConnection(Connection):
                 self._handle_events()
         finally:
             self._reading = False
+            while self._read_over:
+                self._read_over.pop()()
         kept = filled - pos
         if kept and pos:
             memory[:kept] = memory[pos:filled]

@@ -6,6 +6,7 @@ that waits in `receive_into`; else into a buffer that the stream's window bounds
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 import outcome
@@ -59,11 +60,26 @@ class MuxedStream(Stream):
         self._connection.send_now()
 
     def write_through(self, data: memoryview) -> None:
+        self.borrow(data)
+        self.settle()
+
+    def borrow(self, data: memoryview) -> None:
+        """Queue memory that stays as it is until `settle`, which has to follow before anything else runs."""
         if self._error is not None or self.state.fin_due:
             self._refuse_write()
         self._session.write(self.state, data)
+
+    def settle(self) -> None:
+        """Send what was borrowed from where it is, as far as the channel takes it, and copy the rest."""
         self._connection.send_now()
-        self.state.own_last()
+        if self.state.queued:
+            self.state.own_borrowed()
+            self._connection.wake_writer()
+
+    def when_read(self, call: Callable[[], None]) -> bool:
+        """Called by a sink: its memory stays as it is until `call` was called, when the whole of this read has been
+        delivered. False: there is no read going on, the memory is valid during the sink's call only."""
+        return self._connection.when_read(call)
 
     def _refuse_write(self) -> None:
         if self._error is not None:

@@ -433,8 +433,8 @@ RELAY_MAX_ADDRS = 32
 RELAY_MAX_ADVERTISED_ADDRS = 4
 """Addresses of one relay that we pass on as ours: one per family and transport."""
 
-RELAY_MAX_RESERVATIONS = 1024
-"""Reservations a relay holds in all; each is a connection, so `MAX_CONNECTIONS` is reached about then. About 1 kB."""
+RELAY_MAX_RESERVATIONS = 512
+"""Reservations a relay holds in all. Each keeps a connection open, so half of `MAX_CONNECTIONS` stays for others."""
 
 RELAY_MAX_RESERVATIONS_PER_RANGE = 64
 """Of these from one IPv4 /24 or IPv6 /48 (loopback aside): a lab behind one NAT fits, one operator cannot take all

@@ -152,10 +152,11 @@ class YamuxStream:
                 return True
         return False
 
-    def own_last(self) -> None:
-        """Replace what is left of the last queued buffer by a copy: the memory behind it is about to change."""
-        if self.queue and type(self.queue[-1]) is memoryview:
-            self.queue[-1] = bytes(self.queue[-1])
+    def own_borrowed(self) -> None:
+        """Replace what is left of queued memory that is not `bytes` by copies: it is about to change."""
+        for index, buffer in enumerate(self.queue):
+            if type(buffer) is memoryview and type(buffer.obj) is not bytes:
+                self.queue[index] = bytes(buffer)
 
     def own_queued(self) -> None:
         """Replace references to the first queued buffer by a copy: its owner wants it back."""

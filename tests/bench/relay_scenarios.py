@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -111,25 +112,27 @@ def _connect(port: int) -> socket.socket:
 
 
 def relay_memory(bench: Bench) -> Iterator[Figure]:
-    """500 peers with a reservation, 100 circuits that are all busy: the most that was resident."""
-    figure = Figure(
-        f"relay, {RESERVATIONS} reservations, {BUSY} busy circuits", "MB", "", 150, 80, lower_is_better=True
+    """500 peers with a reservation and 100 circuits, all busy, then all stalled: the most that was resident."""
+    busy, stalled = (
+        Figure(f"relay, {RESERVATIONS} reservations, {BUSY} {what} circuits", "MB", "", 150, 80, lower_is_better=True)
+        for what in ("busy", "stalled")
     )
     total = 16 * MIB // bench.scale
     relay = _peer(bench, role="relay")
-    pid = relay.hello["pid"]
     _peer(bench, role="peers", relay=relay.hello["addr"], count=RESERVATIONS - BUSY)
     sink = _peer(bench, role="sink", relay=relay.hello["addr"], total=total, count=BUSY)
     source = _peer(bench, role="source", relay=relay.hello["addr"], total=total, count=BUSY)
     assert source.do("open", sink.hello["peer_ids"]) == BUSY
-    with peak_resident(pid) as peak:
+    with peak_resident(relay.hello["pid"]) as peak:
         for _ in range(bench.rounds):
             source.do("push", 1)
-        sink.process.send_signal(19)  # SIGSTOP: nobody takes anything any more, so all that may be held is held
+        busy.ours.append(peak() * MIB / 1e6)
+        sink.process.send_signal(signal.SIGSTOP)  # nobody takes anything any more: all that may be held is held
         source.do("stall", 3.0)
-        figure.ours.append(peak() * MIB / 1e6)
-    sink.process.send_signal(18)
-    yield figure
+        stalled.ours.append(peak() * MIB / 1e6)
+    sink.process.send_signal(signal.SIGCONT)
+    yield busy
+    yield stalled
 
 
 SCENARIOS: dict[str, Callable[[Bench], Iterator[Figure]]] = {
