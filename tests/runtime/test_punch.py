@@ -6,9 +6,13 @@ Real NATs are the business of tests/nat.
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -32,9 +36,9 @@ class Counter:
 
 
 @asynccontextmanager
-async def natted_node(relay: Node, listen: list[str], *, tells: bool = False) -> AsyncIterator[Node]:
+async def natted_node(relay: Node, listen: list[str], *, tells: bool = False, **settings: Any) -> AsyncIterator[Node]:
     """A node with a reservation that tells nobody where it listens (as a NAT hides it), unless it `tells`."""
-    config = NodeConfig(listen=listen, relay_use="always", relays=[addr_of(relay)], punch=False)
+    config = NodeConfig(listen=listen, relay_use="always", relays=[addr_of(relay)], punch=False, **settings)
     async with open_node(config) as node:
         real = node.host.advertised_addrs
         if not tells:
@@ -151,6 +155,32 @@ def test_calls_and_streams_survive_the_change_of_paths(run, tmp_path: Path) -> N
             channel = a.rpc.open_channel(b.peer_id)
             assert channel is not None
             assert channel.stream.connection.path == "quic"
+            nursery.cancel_scope.cancel()
+
+    run(main)
+
+
+def test_a_fetch_goes_on_while_the_path_changes(run, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with (
+            relay_node(TCP) as relay,
+            natted_node(relay, [TCP], home=tmp_path / "a") as a,
+            natted_node(relay, [TCP], home=tmp_path / "b") as b,
+            trio.open_nursery() as nursery,
+        ):
+            source = tmp_path / "model.bin"
+            source.write_bytes(os.urandom(48_000_000))
+            shared = await b.blobs.share(source)
+            await a.host.connect(None, [circuit_to(b)])
+            async with trio.open_nursery() as work:
+                work.start_soon(partial(a.blobs.fetch, shared.cid, tmp_path / "copy.bin", sources=[b.peer_id]))
+                while relay.relay_server.circuits.carried_bytes < 4_000_000:
+                    await trio.lowlevel.checkpoint()
+                for node in (a, b):
+                    nursery.start_soon(node.punch.run)
+                assert await until_direct(a, b) == "tcp"
+            digests = [hashlib.sha256(path.read_bytes()).digest() for path in (source, tmp_path / "copy.bin")]
+            assert digests[0] == digests[1]
             nursery.cancel_scope.cancel()
 
     run(main)

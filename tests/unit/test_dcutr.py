@@ -1,5 +1,6 @@
 import ipaddress
 import random
+from pathlib import Path
 
 import pytest
 
@@ -157,3 +158,12 @@ def test_many_partners_together_send_no_more_to_one_address() -> None:
     others = [ip(f"10.{n // 256}.{n % 256}.1") for n in range(2 * limits.PUNCH_TRACKED_IPS)]
     assert sum(budget.take(other, now + 10) for other in others) <= limits.PUNCH_TRACKED_IPS
     assert budget.take(others[-1], now + 1000)  # old accounts make room
+
+
+def test_vectors_of_the_specification() -> None:
+    addr = Multiaddr.parse("/ip4/1.2.3.4/udp/9/quic-v1")
+    message = PunchMessage(type=100, addrs=(addr.to_bytes(),), token=bytes(range(16)))
+    written = "0864 120b 0401020304910200 09cd03 8201 10 000102030405060708090a0b0c0d0e0f"
+    assert message.encode() == bytes.fromhex(written)
+    page = (Path(__file__).parents[2] / "protocols" / "specs" / "punching.md").read_text()
+    assert written in page
