@@ -27,7 +27,8 @@ log = logging.getLogger("lattica.nat")
 AGAIN_SECONDS: Final = 900.0
 """A router is replaced, a phone changes its network: seen by an interface first, so this is for what is behind it."""
 SOON_SECONDS: Final = 10.0
-"""At least so long between two discoveries, whatever happens."""
+UNSURE_SECONDS: Final = 1.0
+"""At least so long between two discoveries, whatever happens; the second while too few could be asked to be sure."""
 INTERFACES_SECONDS: Final = 5.0
 """Between two looks at our own addresses."""
 _CANDIDATES: Final = 2
@@ -63,7 +64,7 @@ class NatWatch:
             while True:
                 self._wakeup = trio.Event()
                 await self._ask()
-                await trio.sleep(SOON_SECONDS if self.asked else 0.1)
+                await trio.sleep(SOON_SECONDS if self.asked >= MIN_OBSERVERS else UNSURE_SECONDS if self.asked else 0.1)
                 with trio.move_on_after(AGAIN_SECONDS):
                     await self._wakeup.wait()
 
