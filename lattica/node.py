@@ -29,7 +29,7 @@ from lattica.identity_file import load_or_create_key
 from lattica.interfaces import Transport
 from lattica.kad import KadService
 from lattica.nat import NatService
-from lattica.nat.observers import peer_observers, resolve_servers
+from lattica.nat.watch import NatWatch
 from lattica.peerstore import PERMANENT, PeerInfo
 from lattica.ping import PingService
 from lattica.punch import HolePuncher
@@ -137,6 +137,9 @@ class Node:
         self.nat = _nat_service(host)
         """STUN and what it tells about our NATs; `None` without QUIC."""
         self.spaces = SpaceService(host, self.kad, spaces)
+        self.nat_watch = None if self.nat is None else NatWatch(host, self.nat, config.stun_servers)
+        if self.nat_watch is not None:
+            self.punch.more_candidates = self.nat_watch.candidates
         self.bootstrap = [Multiaddr.parse(text) for text in config.bootstrap]
 
     @property
@@ -160,10 +163,9 @@ class Node:
         `lifetimes`: seconds of silence after which mappings are looked at again, which takes as long.
         Errors: `ConnectError` when nobody can be asked.
         """
-        if self.nat is None:
+        if self.nat is None or self.nat_watch is None:
             raise ConnectError("STUN needs the quic transport")
-        servers = await resolve_servers(self.config.stun_servers)
-        return await self.nat.discover([*servers, *peer_observers(self.host)], lifetimes=lifetimes)
+        return await self.nat.discover(await self.nat_watch.observers(), lifetimes=lifetimes)
 
     async def find_peer(self, peer: PeerId) -> list[Multiaddr]:
         """Addresses of `peer`: those known, else from the DHT."""
@@ -208,6 +210,8 @@ class Node:
             if self.config.punch:
                 nursery.start_soon(self.punch.run)
             nursery.start_soon(self.spaces.run)
+            if self.nat_watch is not None:
+                nursery.start_soon(self.nat_watch.run)
             for addr in self.bootstrap:
                 nursery.start_soon(self._keep_bootstrapped, addr)
 

@@ -102,6 +102,8 @@ class NatService:
             behaviour.hairpin,
             behaviour.mapped,
         )
+        for line in behaviour.evidence:
+            log.debug("nat_evidence what=%s", line)
         return behaviour
 
     async def run_machine(self, machine: DatagramMachine[object], run: MachineRun) -> None:

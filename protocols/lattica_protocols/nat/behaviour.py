@@ -77,6 +77,8 @@ class NatBehaviour:
     allocation: Allocation = Allocation()
     mapped: SocketAddr | None = None
     """The public address of the host's socket, where that does not depend on the other side."""
+    seen: tuple[SocketAddr, ...] = ()
+    """Every address of that socket that an observer named, the most often named first: candidates, believed or not."""
     public_ip: str | None = None
     udp_blocked: bool = False
     """No observer answered over UDP."""

@@ -21,7 +21,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -293,6 +293,7 @@ class Discovery:
             filtering=filtering,
             allocation=classify_allocation(self._claims, dependent=verdict.mapping in _DEPENDENT),
             mapped=mapped,
+            seen=tuple(addr for addr, _ in Counter(claim.mapped for claim in self._main_claims()).most_common()),
             public_ip=_public_ip(self._claims),
             udp_blocked=bool(self._observers) and not self._claims and not self._main_left,
             hairpin=self._hairpin,

@@ -1,0 +1,113 @@
+"""Keeps the verdict on our NATs fresh: asks again when there are more to ask and when our addresses change."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from lattica.errors import ConnectError
+from lattica.host import PeerIdentified, SelfChanged
+from lattica.listen_addrs import interface_ips
+from lattica.nat.observers import peer_observers, resolve_servers
+from lattica_protocols.multiaddr import Multiaddr
+from lattica_protocols.nat.classify import MIN_OBSERVERS
+
+if TYPE_CHECKING:
+    from lattica.host import Host
+    from lattica.nat.service import NatService
+    from lattica_protocols.nat.behaviour import NatBehaviour
+    from lattica_protocols.nat.discovery import Observer
+    from lattica_protocols.stun import SocketAddr
+
+log = logging.getLogger("lattica.nat")
+
+AGAIN_SECONDS: Final = 900.0
+"""A router is replaced, a phone changes its network: seen by an interface first, so this is for what is behind it."""
+SOON_SECONDS: Final = 10.0
+UNSURE_SECONDS: Final = 1.0
+"""At least so long between two discoveries, whatever happens; the second while too few could be asked to be sure."""
+INTERFACES_SECONDS: Final = 5.0
+"""Between two looks at our own addresses."""
+_CANDIDATES: Final = 2
+
+
+class NatWatch:
+    """`run` in a task. `asked`: how many observers the newest verdict rests on."""
+
+    def __init__(self, host: Host, nat: NatService, servers: Sequence[str] = ()) -> None:
+        self._host = host
+        self._nat = nat
+        self._servers = servers
+        self._wakeup = trio.Event()
+        self.asked = 0
+
+    @property
+    def behaviour(self) -> NatBehaviour:
+        return self._nat.behaviour
+
+    def candidates(self) -> list[Multiaddr]:
+        """Where a partner may find our QUIC socket, as observers saw it."""
+        return [quic_multiaddr(addr) for addr in self.behaviour.seen[:_CANDIDATES]]
+
+    async def observers(self) -> list[Observer]:
+        """Whom we can ask now."""
+        return [*await resolve_servers(self._servers), *peer_observers(self._host)]
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._follow_peers)
+            nursery.start_soon(self._follow_interfaces)
+            while True:
+                self._wakeup = trio.Event()
+                await self._ask()
+                await trio.sleep(SOON_SECONDS if self.asked >= MIN_OBSERVERS else UNSURE_SECONDS if self.asked else 0.1)
+                with trio.move_on_after(AGAIN_SECONDS):
+                    await self._wakeup.wait()
+
+    async def _ask(self) -> None:
+        observers = await self.observers()
+        if not observers:
+            return
+        try:
+            await self._nat.discover(observers)
+        except ConnectError as error:
+            log.debug("discovery_failed error=%s", error)
+        else:
+            self.asked = len(observers)
+
+    async def _follow_peers(self) -> None:
+        async for event in self._host.subscribe():
+            if isinstance(event, PeerIdentified) and self.asked < MIN_OBSERVERS:
+                if len(peer_observers(self._host)) > self.asked:
+                    self._wakeup.set()
+            elif isinstance(event, SelfChanged) and not self.asked:
+                self._wakeup.set()
+
+    async def _follow_interfaces(self) -> None:
+        await watch_interfaces(self._changed)
+
+    def _changed(self) -> None:
+        self.asked = 0
+        self._wakeup.set()
+
+
+async def watch_interfaces(changed: Callable[[], None]) -> None:
+    """Call `changed` when the addresses of this machine are others than before."""
+    before = interface_ips()
+    while True:
+        await trio.sleep(INTERFACES_SECONDS)
+        now = interface_ips()
+        if set(now) != set(before):
+            log.info("interfaces_changed count=%d", len(now))
+            before = now
+            changed()
+
+
+def quic_multiaddr(addr: SocketAddr) -> Multiaddr:
+    """`/ip4/…/udp/…/quic-v1`."""
+    family = "ip6" if ":" in addr[0] else "ip4"
+    return Multiaddr.parse(f"/{family}/{addr[0]}/udp/{addr[1]}/quic-v1")
