@@ -105,6 +105,8 @@ class Node:
         self.host = host
         self.config = config
         self.datastore = datastore
+        self.listening = trio.Event()
+        """Set when every address of the settings is listened on."""
         self.identify = IdentifyService(host, protocol_version=config.protocol_version)
         self.ping = PingService(host)
         self.kad = KadService(
@@ -195,6 +197,11 @@ class Node:
         self.relay_server.start()
         await self.kad.provide(RELAY_KEY)
 
+    async def _use_relays(self) -> None:
+        # what a relay sees of us is of use to partners only when it is the socket we listen on
+        await self.listening.wait()
+        await self.relay_client.run()
+
     async def run(self) -> None:
         """The background work of all services, until cancelled."""
         async with trio.open_nursery() as nursery:
@@ -202,7 +209,7 @@ class Node:
                 nursery.start_soon(self.relay_server.run)
                 nursery.start_soon(self._serve_as_relay)
             if self.config.relay_use != "never":
-                nursery.start_soon(self.relay_client.run)
+                nursery.start_soon(self._use_relays)
                 nursery.start_soon(watch_need, self.host, self.relay_client, self.config.relay_use == "always")
             nursery.start_soon(lambda: self.identify.run(unix_now=int(time.time())))
             nursery.start_soon(self.kad.run)
@@ -269,5 +276,6 @@ async def open_node(config: NodeConfig | None = None) -> AsyncIterator[Node]:
                 nursery.start_soon(node.run)
                 for text in config.listen:
                     await host.listen(Multiaddr.parse(text))
+                node.listening.set()
                 yield node
                 nursery.cancel_scope.cancel()

@@ -19,7 +19,7 @@ import trio
 import trio.testing
 from test_relay import QUIC, TCP, addr_of, relay_node
 
-from lattica.host import PeerConnected
+from lattica.host import Host, PeerConnected
 from lattica.node import Node, NodeConfig, open_node
 from lattica_protocols.multiaddr import Multiaddr
 
@@ -182,5 +182,24 @@ def test_a_fetch_goes_on_while_the_path_changes(run, tmp_path: Path) -> None:
             digests = [hashlib.sha256(path.read_bytes()).digest() for path in (source, tmp_path / "copy.bin")]
             assert digests[0] == digests[1]
             nursery.cancel_scope.cancel()
+
+    run(main)
+
+
+def test_relays_are_dialled_after_all_addresses_are_listened_on(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relay that is dialled from another port than the one we listen on sees a mapping of no use to partners."""
+
+    async def main() -> None:
+        listen = Host.listen
+
+        async def slow(host: Host, addr: Multiaddr) -> Any:
+            if str(addr) == TCP:
+                await trio.testing.wait_all_tasks_blocked(0.05)
+            return await listen(host, addr)
+
+        async with relay_node(TCP) as relay:
+            monkeypatch.setattr(Host, "listen", slow)
+            async with natted_node(relay, [TCP]) as node:
+                assert len(node.punch.candidates()) == 1
 
     run(main)
