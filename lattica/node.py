@@ -142,6 +142,7 @@ class Node:
         self.nat_watch = None if self.nat is None else NatWatch(host, self.nat, config.stun_servers)
         if self.nat_watch is not None:
             self.punch.more_candidates = self.nat_watch.candidates
+            self.punch.refresh = self.nat_watch.refresh
         self.bootstrap = [Multiaddr.parse(text) for text in config.bootstrap]
 
     @property

@@ -24,7 +24,7 @@ import logging
 import os
 import random
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
@@ -102,6 +102,8 @@ class HolePuncher:
         self.reports: OrderedDict[PeerId, PunchReport] = OrderedDict()
         self.more_candidates: Callable[[], Sequence[Multiaddr]] = lambda: ()
         """Further addresses of ours, most promising first: mapped ports, and what STUN servers see."""
+        self.refresh: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
+        """Looks at them again after a failed attempt: a clash in our own box may have moved them."""
         self._host = host
         self._circuits = circuits
         self._tcp = tcp
@@ -201,6 +203,7 @@ class HolePuncher:
             await trio.sleep_until(exchange.punch_at)
             if await self._punch(relayed, exchange, token, report):
                 return
+            await self.refresh()
 
     async def _answer(self, stream: Stream) -> None:
         """A's part."""
@@ -220,7 +223,8 @@ class HolePuncher:
             report.attempts += 1
             with trio.fail_after(EXCHANGE_SECONDS):
                 exchange, token = await self._exchange(stream, relayed, initiator=False)
-            await self._punch(relayed, exchange, token, report)
+            if not await self._punch(relayed, exchange, token, report):
+                await self.refresh()
         finally:
             self._answering.discard(peer)
 

@@ -10,7 +10,9 @@ import ipaddress
 import logging
 import random
 import socket
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -24,6 +26,7 @@ from lattica.transports.quic_engine import Address
 from lattica_protocols.nat.behaviour import NatBehaviour
 from lattica_protocols.nat.discovery import BehaviourKnown, Discovery, Observer
 from lattica_protocols.stun import SocketAddr
+from lattica_protocols.stun_client import Answered, StunClient
 from lattica_protocols.stun_server import StunReply, StunServer
 
 if TYPE_CHECKING:
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lattica.nat")
 
+_SAMPLE_ATTEMPTS = 2
 _ADDRESSES_FOR = 60.0
 """Seconds that the list of our own addresses is used before it is read again."""
 
@@ -47,6 +51,7 @@ class NatService:
         """The newest verdict."""
         self._transport = transport
         self._nursery = nursery
+        self._answering: list[SocketAddr] = []
         self._rng = random.SystemRandom()
         self._runs: list[MachineRun] = []
         self._other_ports: dict[Endpoint, UdpPort] = {}
@@ -92,6 +97,7 @@ class NatService:
                 observers, self._rng, trio.current_time(), local_of=local_of, lifetimes=lifetimes
             )
             await self.run_machine(machine, run)
+            self._answering = machine.answering
             nursery.cancel_scope.cancel()
         behaviour = last[-1].behaviour
         log.info(
@@ -105,6 +111,34 @@ class NatService:
         for line in behaviour.evidence:
             log.debug("nat_evidence what=%s", line)
         return behaviour
+
+    async def sample(self) -> None:
+        """Ask those who answered last once more, a round trip: `behaviour.seen` is as of now afterwards.
+
+        The mapping can move: a stray packet that clashes with ours in a Linux box gives our flow another port, and all
+        later ones with it, while older flows keep theirs. So several addresses may be true at once.
+        """
+        if not self._answering:
+            await trio.lowlevel.checkpoint()
+            return
+        seen: Counter[SocketAddr] = Counter()
+        left = len(self._answering)
+
+        def on_event(event: object) -> bool:
+            nonlocal left
+            left -= 1
+            if isinstance(event, Answered):
+                seen[event.mapped] += 1
+            return not left
+
+        client = StunClient(self._rng)
+        for addr in self._answering:
+            client.request(0, addr, trio.current_time(), attempts=_SAMPLE_ATTEMPTS)
+        endpoint = self._transport.endpoint_for(self._answering[0])
+        async with trio.open_nursery() as nursery:
+            await self.run_machine(client, MachineRun(endpoint, nursery, on_event))
+        if seen:
+            self.behaviour = replace(self.behaviour, seen=tuple(addr for addr, _ in seen.most_common()))
 
     async def run_machine(self, machine: DatagramMachine[object], run: MachineRun) -> None:
         """Run a machine whose socket 0 is one of the QUIC transport's."""

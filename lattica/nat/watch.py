@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from lattica.errors import ConnectError
-from lattica.host import PeerIdentified, SelfChanged
+from lattica.host import PeerConnected, PeerIdentified, SelfChanged
 from lattica.listen_addrs import interface_ips
 from lattica.nat.observers import peer_observers, resolve_servers
 from lattica_protocols.multiaddr import Multiaddr
@@ -52,6 +52,10 @@ class NatWatch:
         """Where a partner may find our QUIC socket, as observers saw it."""
         return [quic_multiaddr(addr) for addr in self.behaviour.seen[:_CANDIDATES]]
 
+    async def refresh(self) -> None:
+        """Bring the candidates up to date: a round trip, a second at most."""
+        await self._nat.sample()
+
     async def observers(self) -> list[Observer]:
         """Whom we can ask now."""
         return [*await resolve_servers(self._servers), *peer_observers(self._host)]
@@ -81,7 +85,9 @@ class NatWatch:
 
     async def _follow_peers(self) -> None:
         async for event in self._host.subscribe():
-            if isinstance(event, PeerIdentified) and self.asked < MIN_OBSERVERS:
+            if isinstance(event, PeerConnected) and event.connection.path == "relay":
+                await self.refresh()  # a punch is about to begin
+            elif isinstance(event, PeerIdentified) and self.asked < MIN_OBSERVERS:
                 if len(peer_observers(self._host)) > self.asked:
                     self._wakeup.set()
             elif isinstance(event, SelfChanged) and not self.asked:

@@ -165,10 +165,12 @@ class UdpSocket:
             option = socket.IPPROTO_IPV6, socket.IPV6_HOPLIMIT, struct.pack("=i", hops)
         else:
             option = socket.IPPROTO_IP, socket.IP_TTL, struct.pack("=i", hops)
-        try:
-            self._socket.sendmsg([data], [option], 0, addr)
-        except OSError:
-            return  # also where the system knows no such option for single datagrams
+        for _ in range(2):  # the first may report an ICMP error of an earlier datagram instead of sending
+            try:
+                self._socket.sendmsg([data], [option], 0, addr)
+                return
+            except OSError:
+                continue  # also where the system knows no such option for single datagrams
 
     def _send_run(self, run: Datagrams, source: bytes | None) -> None:
         data, addr = run[0]

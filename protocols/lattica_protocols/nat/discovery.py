@@ -128,6 +128,11 @@ class Discovery:
     def poll_transmit(self) -> list[Datagram]:
         return self._client.poll_transmit()
 
+    @property
+    def answering(self) -> list[SocketAddr]:
+        """Addresses of observers that answered socket 0."""
+        return list(dict.fromkeys(claim.asked for claim in self._main_claims()))
+
     def next_event(self) -> BehaviourKnown | None:
         return self._events.popleft() if self._events else None
 
