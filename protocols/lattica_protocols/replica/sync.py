@@ -210,7 +210,7 @@ class ReplicaSync(Generic[Peer]):
                 self._on_frontier(peer, neighbour, message, now)
             case Kind.OPERATIONS:
                 if operations is None:
-                    operations = decode_operations_untrusted(message)
+                    operations = decode_operations_untrusted(message, self.replica.space)
                 self._on_operations(peer, neighbour, fields[0], operations, now, unix_now)
             case Kind.ACK:
                 neighbour.in_flight.discard(fields[0])
@@ -226,7 +226,7 @@ class ReplicaSync(Generic[Peer]):
                 self._on_checkpoint(peer, *fields, now=now)
             case Kind.PRESENCE:
                 self._on_presence(peer, fields[0], now, unix_now)
-            case Kind.GET_GENESIS:
+            case Kind.GET_GENESIS if fields[0] == self.replica.space:
                 self._send(peer, Kind.GENESIS, self.replica.genesis.encode())
 
     def _on_hello(
@@ -323,8 +323,13 @@ class ReplicaSync(Generic[Peer]):
         unix_now: float,
     ) -> None:
         known = self.replica.operations()
-        for op in operations:
-            self._take(peer, op, batch, now, unix_now)
+        if len(operations) > 1:
+            with self.replica.batch():
+                for op in operations:
+                    self._take(peer, op, batch, now, unix_now)
+        else:
+            for op in operations:
+                self._take(peer, op, batch, now, unix_now)
         if batch:
             self._send(peer, Kind.ACK, batch)
             if self.replica.operations() != known:
@@ -557,9 +562,9 @@ class ReplicaSync(Generic[Peer]):
             self._send(peer, Kind.OPERATIONS, neighbour.batch, operations)
 
 
-def decode_operations_untrusted(message: Message) -> list[Operation]:
+def decode_operations_untrusted(message: Message, space: bytes) -> list[Operation]:
     """The operations of an OPERATIONS message, their signatures not checked yet."""
-    return [Operation.decode_untrusted(data, message.space) for data in message.fields[1]]
+    return [Operation.decode_untrusted(data, space) for data in message.fields[1]]
 
 
 def _batches(operations: Sequence[Operation]) -> Iterable[tuple[int, int]]:
