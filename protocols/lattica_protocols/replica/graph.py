@@ -51,6 +51,9 @@ def forked_client(operation: bytes) -> int:
     return (int.from_bytes(blake3(b"lattica-replica-forked" + operation).digest()[:8], "big") >> 11) or 1
 
 
+_NOBODY: Chain = (b"", 0)
+
+
 class Branch:
     """A line of operations of one chain. A chain has one, and one more for each fork."""
 
@@ -335,43 +338,47 @@ class Graph:
                 self._resolve(client, clock, length, past)
         return parsed
 
-    def _resolve(self, client: int, clock: int, length: int, past: Past) -> list[tuple[Entry | None, int, int]]:
-        """The operations in `past` with these items: (operation or None for the checkpoint, clock, length)."""
+    def _resolve(self, client: int, clock: int, length: int, past: Past) -> list[Piece]:
+        """Under which names the document has these items. Raises when they are not all in `past`."""
         end = clock + length
         entry = self.renamed.get(client)
         if entry is not None:
             if past.get(entry.branch, -1) < entry.op.seq or clock < entry.start or end > entry.end:
                 raise Refused("it names items that are not in its past")
-            return [(entry, clock, length)]
-        found: list[tuple[Entry | None, int, int]] = []
+            return [(client, clock, length)]
+        found: list[Piece] = []
         floor_end = self.floor.vector.get(client, 0)
         if clock < floor_end:
-            found.append((None, clock, min(end, floor_end) - clock))
+            found.append((client, clock, min(end, floor_end) - clock))
             clock = min(end, floor_end)
-        branches = self.chains.get(self._clients.get(client, (b"", 0)), ())
+        branches = self.chains.get(self._clients.get(client, _NOBODY), ())
         if len(branches) == 1 and clock < end:
             # The usual case: no fork, the range is in one branch.
             branch = branches[0]
             seq = past.get(branch, -1)
-            if seq >= 0 and not self.forks and end <= branch.ends[seq - branch.first_seq]:
-                found.append((branch.at_clock(clock), clock, end - clock))
+            if seq >= 0 and not self.forks and branch.start <= clock and end <= branch.ends[seq - branch.first_seq]:
+                found.append((client, clock, end - clock))
                 clock = end
-        if clock < end and not branches:
-            raise NotYet("it names items of a client that is not known here")
         while clock < end:
-            piece = self._resolve_one(branches, clock, past)
-            stop = min(end, piece.end)
-            found.append((piece, clock, stop - clock))
+            name, stop = self._resolve_one(client, branches, clock, past)
+            stop = min(end, stop)
+            found.append((name, clock, stop - clock))
             clock = stop
         return found
 
-    def _resolve_one(self, branches: Sequence[Branch], clock: int, past: Past) -> Entry:
+    def _resolve_one(self, client: int, branches: Sequence[Branch], clock: int, past: Past) -> tuple[int, int]:
+        """The name of the item, and the clock up to which the items behind it have the same one."""
         candidates = []
         for branch in branches:
             entry = branch.at_clock(clock)
             if entry is not None and past.get(branch, -1) >= entry.op.seq:
-                candidates.append(entry)
+                candidates.append((forked_client(entry.op.id) if self.is_renamed(entry) else client, entry.end))
+        for renamed, start, end, name in self.floor.renamed:
+            if renamed == client and start <= clock < end:
+                candidates.append((name, end))
         if not candidates:
+            if client not in self._clients and client not in self.floor.vector:
+                raise NotYet("it names items of a client that is not known here")
             raise Refused("it names items that are not in its past")
         if len(candidates) > 1:
             raise Refused("it names items of which a fork has two")
@@ -386,11 +393,7 @@ class Graph:
             name = forked_client(own.op.id) if self.is_renamed(own) else client
             out.append((name, inside, end - inside))
             end = inside
-        if clock < end:
-            for entry, first, count in self._resolve(client, clock, end - clock, past):
-                renamed = entry is not None and self.is_renamed(entry)
-                out.append((forked_client(entry.op.id) if entry is not None and renamed else client, first, count))
-        return out
+        return out if clock >= end else [*out, *self._resolve(client, clock, end - clock, past)]
 
     def past_of(self, entry: Entry) -> Past:
         """Everything before `entry`, and itself. A walk over the graph: for forks only."""

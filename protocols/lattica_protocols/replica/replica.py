@@ -346,6 +346,14 @@ class Replica:
             heads=frozenset(graph.heads),
             excluded={author: (seq, instance) for author, seq, instance in graph.exclusions()},
             covered=graph.floor.covered | {entry.op.id[:COVERED_PREFIX] for entry in counted},
+            renamed=(
+                *graph.floor.renamed,
+                *(
+                    (entry.branch.client, entry.start, entry.end, forked_client(entry.op.id))
+                    for entry in counted
+                    if graph.is_renamed(entry) and entry.end > entry.start
+                ),
+            ),
             handed_over=(*graph.floor.handed_over, *handed),
         )
         made = Checkpoint.make(
@@ -375,12 +383,13 @@ class Replica:
     def adopt(self, checkpoint: Checkpoint, *, save: bool = True) -> None:
         """Take a checkpoint that was checked."""
         old = self.graph
-        self.checkpoint = checkpoint
         self.graph = Graph(self.space, self.genesis.owner, self.genesis.writers, checkpoint.floor)
+        self.checkpoint = checkpoint
         self.graph.restore_forks(old.forks.values())
         for entry in old.entries.values():
             try:
-                self.graph.admit(entry.op, None, span=(entry.start, entry.end))
+                # Checked again: what an operation names may be ambiguous without the history, here as elsewhere.
+                self.graph.admit(entry.op, None)
             except RemoteProtocolError:
                 if self.key is not None and entry.op.author == self.key.public_key.data:
                     self.lost.append(entry.op)
