@@ -11,10 +11,10 @@ Wire: canonical msgpack, an array
 `root` and `operations` are those of the replica that made it, just before. `chains` says where each chain stood.
 `state` is the BLAKE3 of the document (a yrs update), `covered` that of the sorted 8-byte prefixes of the ids of all
 operations it replaces, including those that earlier checkpoints did. `previous` is the id of the checkpoint before, 32
-zero bytes zero bytes for the first. `handed over` are all HAND_OVER operations so far, so that somebody who only knows the genesis
-can see that the signer is the owner now. `renamed` are items of equivocators with another client id in the document, by
-their old names: an operation from before the checkpoint may name them. Of two checkpoints the one with the higher
-number is taken, then the one with the smaller id.
+zero bytes for the first. `handed over` are all HAND_OVER operations so far, so that somebody who only knows the
+genesis can see that the signer is the owner now. `renamed` are items of equivocators with another client id in the
+document, by their old names: an operation from before the checkpoint may name them. Of two checkpoints the one with the
+higher number is taken, then the one with the smaller id.
 
     id        = BLAKE3("lattica-checkpoint-1" || bytes)
     signed    = [bytes, [[key: bin 32, Ed25519("lattica-checkpoint-1" || id)], …]]      an owner's, or a quorum's

@@ -173,12 +173,14 @@ class Replica:
         if self._captured is not None:
             return  # our own edit: it is in the document already
         body = entry.op.body
-        if self.graph.forks or self.graph.floor.excluded:
+        graph = self.graph
+        if graph.any_excluded:
             parsed = parse_update_untrusted(body)
-            past = self.graph.past_of(entry)
-            if self.graph.is_renamed(entry) and parsed.end > parsed.start:
+            if graph.is_renamed(entry) and parsed.end > parsed.start:
                 self.doc.apply_update(filler(forked_client(entry.op.id), parsed.start))
-            body = rename(body, parsed, lambda c, k, n: self.graph.pieces(past, entry, c, k, n))
+            named = {client for client, _ in parsed.references} | {client for client, _, _ in parsed.deletions}
+            if any(graph.is_forked(client) for client in named | {parsed.client}):
+                body = rename(body, parsed, lambda c, k, n: graph.pieces(entry, c, k, n))
         self.doc.apply_update(body)
 
     def _new_doc(self) -> Doc[Any]:
