@@ -112,6 +112,10 @@ class SpaceStore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file. Everything is written already."""
         self._connection.close()
 
     # -- spaces ---------------------------------------------------------------------------------------------
