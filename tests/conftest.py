@@ -34,3 +34,7 @@ def run_mocked() -> Callable[..., Any]:
         return _run(main, *args, seconds=seconds, clock=trio.testing.MockClock(autojump_threshold=0))
 
     return runner
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rewrite-races", action="store_true", help="write tests/vectors/replica-races.txt anew")

@@ -30,7 +30,7 @@ from lattica_protocols.limits import REPLICA_FANOUT, REPLICA_MAX_NEIGHBOURS
 from lattica_protocols.peer_id import PeerId
 from lattica_protocols.replica import PROTOCOL
 from lattica_protocols.replica.genesis import Genesis, parse_space, provider_key, space_text
-from lattica_protocols.replica.messages import Kind, Message, decode_message_untrusted, encode_message
+from lattica_protocols.replica.messages import TAG_BYTES, Kind, Message, decode_message_untrusted, encode_message
 from lattica_protocols.replica.operation import Operation
 from lattica_protocols.replica.replica import Replica
 from lattica_protocols.replica.sync import ReplicaSync, decode_operations_untrusted
@@ -81,6 +81,7 @@ class SpaceService:
         self._kad = kad
         self._clock = clock
         self._spaces: dict[bytes, Space] = {}
+        self._by_tag: dict[bytes, Space] = {}
         self._links: dict[PeerId, Link] = {}
         self._wake = trio.Event()
         self._joins: dict[bytes, trio.MemorySendChannel[Genesis]] = {}
@@ -120,6 +121,8 @@ class SpaceService:
         """
         key = _parse(space)
         found = self._spaces.get(key)
+        if found is None and key[:TAG_BYTES] in self._by_tag:
+            raise InvalidArgument(f"{space} has the tag of another space here: one of them was made to collide")
         if found is None:
             genesis = await self._find_genesis(key, peers, timeout)
             found = self._spaces.get(key) or self._add(genesis)
@@ -165,7 +168,7 @@ class SpaceService:
     async def leave(self, space: str) -> None:
         """Forget a space: our replica and its file."""
         key = self.get(space).replica.space
-        del self._spaces[key]
+        del self._spaces[key], self._by_tag[key[:TAG_BYTES]]
         self.store.remove(key)
         if self._kad is not None:
             await self._kad.stop_providing(provider_key(key))
@@ -192,7 +195,7 @@ class SpaceService:
         replica = Replica(genesis, key=self._host.key, instance=instance, rng=self._host.rng)
         machine: ReplicaSync[PeerId] = ReplicaSync(replica, self._host.rng, trio.current_time())
         space = Space(replica, machine, self.store, self.wake, self._clock)
-        self._spaces[genesis.id] = space
+        self._spaces[genesis.id] = self._by_tag[genesis.id[:TAG_BYTES]] = space
         for peer in self._host.peers():
             if PROTOCOL in self._host.peerstore.protocols(peer):
                 self._add_neighbour(space, peer)
@@ -211,7 +214,6 @@ class SpaceService:
             log.error("space_partly_lost space=%s error=%s", space.id, error)
             instance = int.from_bytes(os.urandom(4), "big")
             self.store.remove(stored.genesis.id)
-            del self._spaces[stored.genesis.id]
             self.store.add(stored.genesis, instance)
             self._open(stored.genesis, instance)
 
@@ -225,7 +227,7 @@ class SpaceService:
     async def _find_genesis(self, key: bytes, peers: Sequence[PeerId], timeout: float) -> Genesis:
         send, receive = trio.open_memory_channel[Genesis](1)
         self._joins[key] = send
-        request = encode_message(Kind.GET_GENESIS, key)
+        request = encode_message(Kind.GET_GENESIS, key, key)
 
         async def ask_providers() -> None:
             while True:
@@ -372,24 +374,21 @@ class SpaceService:
                 async for data in messages:
                     message = decode_message_untrusted(data)
                     checked, operations = None, None
-                    if message.kind == Kind.OPERATIONS and message.space in self._spaces:
-                        operations = self._new_operations(message)
+                    space = self._by_tag.get(message.tag)
+                    if message.kind == Kind.OPERATIONS and space is not None:
+                        operations = _new_operations(message, space.replica)
                         if len(operations) > THREAD_OVER:
-                            checked = _start_checking(nursery, operations, message.space)
+                            checked = _start_checking(nursery, operations, space.replica.space)
                     await send.send((message, checked, operations))
 
-    def _new_operations(self, message: Message) -> Sequence[Operation]:
-        known = self._spaces[message.space].replica.graph.entries
-        return [op for op in decode_operations_untrusted(message) if op.id not in known]
-
     def _on_message(self, peer: PeerId, message: Message, operations: Sequence[Operation] | None) -> None:
-        space = self._spaces.get(message.space)
+        space = self._by_tag.get(message.tag)
         if message.kind == Kind.GENESIS:
             self._on_genesis(message)
             return
         if space is None:
             if message.kind in (Kind.HELLO, Kind.FRONTIER, Kind.GET_GENESIS):
-                self._send(peer, encode_message(Kind.UNKNOWN, message.space))
+                self._send(peer, encode_message(Kind.UNKNOWN, message.tag))
             return
         if message.kind == Kind.UNKNOWN:
             space.machine.remove_neighbour(peer)
@@ -405,16 +404,19 @@ class SpaceService:
                 space.after_change()
 
     def _on_genesis(self, message: Message) -> None:
-        waiting = self._joins.get(message.space)
+        genesis = Genesis.decode_untrusted(message.fields[0])
+        waiting = self._joins.get(genesis.id)
         if waiting is None:
             return
-        genesis = Genesis.decode_untrusted(message.fields[0])
-        if genesis.id != message.space:
-            raise RemoteProtocolError("a genesis that is not that of the space")
         try:
             waiting.send_nowait(genesis)
         except trio.WouldBlock:
             pass
+
+
+def _new_operations(message: Message, replica: Replica) -> Sequence[Operation]:
+    known = replica.graph.entries
+    return [op for op in decode_operations_untrusted(message, replica.space) if op.id not in known]
 
 
 def _start_checking(nursery: trio.Nursery, operations: Sequence[Operation], space: bytes) -> Awaitable[None]:

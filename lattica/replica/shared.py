@@ -171,24 +171,25 @@ class SharedText(_Shared):
 
     def insert(self, index: int, text: str) -> None:
         """Insert before the character `index`."""
-        size = len(self)
-        if not 0 <= index <= size:
-            raise IndexError(f"position {index} of a text of {size} characters")
+        before = str(self)
+        if not 0 <= index <= len(before):
+            raise IndexError(f"position {index} of a text of {len(before)} characters")
         if text:
             with self._space.transaction():
-                self._target().insert(index, text)
+                self._target().insert(_bytes_in(before[:index]), text)
 
     def append(self, text: str) -> None:
         self.insert(len(self), text)
 
     def delete(self, start: int, stop: int) -> None:
         """Delete the characters from `start` up to, not including, `stop`."""
-        size = len(self)
-        if not 0 <= start <= stop <= size:
-            raise IndexError(f"positions {start} to {stop} of a text of {size} characters")
+        before = str(self)
+        if not 0 <= start <= stop <= len(before):
+            raise IndexError(f"positions {start} to {stop} of a text of {len(before)} characters")
         if start < stop:
+            first = _bytes_in(before[:start])
             with self._space.transaction():
-                del self._target()[start:stop]
+                del self._target()[first : first + _bytes_in(before[start:stop])]
 
 
 class Counter(_Shared):
@@ -242,6 +243,11 @@ class SharedSet(_Shared, MutableSet[Any]):
     @classmethod
     def _from_iterable(cls, iterable: Iterable[Any]) -> Any:
         return set(iterable)
+
+
+def _bytes_in(text: str) -> int:
+    """pycrdt counts positions in a text in bytes of UTF-8, whatever its documentation says."""
+    return len(text.encode("utf-8", "surrogatepass"))
 
 
 def _element(value: object) -> str:

@@ -119,6 +119,11 @@ class Space:
         """How many operations the state is made of."""
         return self.replica.operations()
 
+    def lost(self) -> Sequence[bytes]:
+        """Ids of our own operations that a checkpoint left out and that cannot follow it: they have to be made again.
+        Only operations that built on an equivocator's can come to this."""
+        return [op.id for op in self.replica.lost]
+
     # -- contents -------------------------------------------------------------------------------------------
     def map(self, name: str = DEFAULT_MAP) -> SharedMap:
         return SharedMap(self, _container("m", name))

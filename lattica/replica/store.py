@@ -5,7 +5,8 @@ any point loses no acknowledged operation, and nobody can know an operation of o
 sign its sequence number twice. (A power cut, unlike a kill, can lose the last transactions: `synchronous=NORMAL`.)
 
     spaces       number, space, genesis, instance
-    operations   space number, n, start, end, data      in the order of admission, with the clocks of their items
+    operations   place, start, end, data                with the clocks of their items; place: space number << 40 | n,
+                                                        in the order of admission (ascending keys fill their pages)
     forks        space number, author, first, second    proofs of equivocation
     checkpoints  space number, data                     the newest
     snapshots    space number, n, state                 the document after the first n operations
@@ -36,14 +37,20 @@ log = logging.getLogger("lattica.replica")
 SCHEMA = """
 CREATE TABLE spaces (number INTEGER PRIMARY KEY, space BLOB NOT NULL UNIQUE, genesis BLOB NOT NULL,
     instance INTEGER NOT NULL);
-CREATE TABLE operations (number INTEGER NOT NULL, n INTEGER NOT NULL, start INTEGER NOT NULL, "end" INTEGER NOT NULL,
-    data BLOB NOT NULL, PRIMARY KEY (number, n)) WITHOUT ROWID;
+CREATE TABLE operations (place INTEGER PRIMARY KEY, start INTEGER NOT NULL, "end" INTEGER NOT NULL,
+    data BLOB NOT NULL);
 CREATE TABLE forks (number INTEGER NOT NULL, author BLOB NOT NULL, first BLOB NOT NULL, second BLOB NOT NULL,
     PRIMARY KEY (number, author)) WITHOUT ROWID;
 CREATE TABLE checkpoints (number INTEGER PRIMARY KEY, data BLOB NOT NULL);
 CREATE TABLE snapshots (number INTEGER PRIMARY KEY, n INTEGER NOT NULL, state BLOB NOT NULL);
 """
 VERSION = 1
+_IN_SPACE = "place BETWEEN ? AND ?"
+
+
+def _places(number: int) -> tuple[int, int]:
+    """The places that the operations of a space can have."""
+    return number << 40, (number + 1 << 40) - 1
 
 
 @dataclass
@@ -105,6 +112,10 @@ class SpaceStore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file. Everything is written already."""
         self._connection.close()
 
     # -- spaces ---------------------------------------------------------------------------------------------
@@ -123,8 +134,9 @@ class SpaceStore:
 
     def _load(self, number: int, genesis: Genesis, instance: int) -> StoredSpace:
         run = self._connection.execute
-        rows = run('SELECT data, start, "end", n FROM operations WHERE number = ? ORDER BY n', (number,)).fetchall()
-        self._next[number] = rows[-1][3] + 1 if rows else 0
+        query = f'SELECT data, start, "end", place FROM operations WHERE {_IN_SPACE} ORDER BY place'
+        rows = run(query, _places(number)).fetchall()
+        self._next[number] = rows[-1][3] + 1 if rows else number << 40
         forks = run("SELECT first, second FROM forks WHERE number = ?", (number,)).fetchall()
         checkpoint = run("SELECT data FROM checkpoints WHERE number = ?", (number,)).fetchone()
         snapshot = run("SELECT n, state FROM snapshots WHERE number = ?", (number,)).fetchone()
@@ -147,7 +159,7 @@ class SpaceStore:
         number = cursor.lastrowid
         assert number is not None
         self._numbers[genesis.id] = number
-        self._next[number] = 0
+        self._next[number] = number << 40
         self._write_list()
 
     def set_instance(self, space: bytes, instance: int) -> None:
@@ -159,7 +171,8 @@ class SpaceStore:
         """Forget a space."""
         number = self._numbers.pop(space)
         with _Writing(self._connection):
-            for table in ("operations", "forks", "checkpoints", "snapshots", "spaces"):
+            self._connection.execute(f"DELETE FROM operations WHERE {_IN_SPACE}", _places(number))
+            for table in ("forks", "checkpoints", "snapshots", "spaces"):
                 self._connection.execute(f"DELETE FROM {table} WHERE number = ?", (number,))
         self._write_list()
 
@@ -178,12 +191,12 @@ class SpaceStore:
             rows = [(op.encoded, start, end) for op, start, end in unsaved.operations]
             if unsaved.checkpoint is not None:
                 rows = list(kept)
-                run("DELETE FROM operations WHERE number = ?", (number,))
+                run(f"DELETE FROM operations WHERE {_IN_SPACE}", _places(number))
                 run("DELETE FROM snapshots WHERE number = ?", (number,))
                 run("INSERT OR REPLACE INTO checkpoints VALUES (?, ?)", (number, unsaved.checkpoint.encode()))
             self._connection.executemany(
-                "INSERT INTO operations VALUES (?, ?, ?, ?, ?)",
-                [(number, first + index, start, end, data) for index, (data, start, end) in enumerate(rows)],
+                "INSERT INTO operations VALUES (?, ?, ?, ?)",
+                [(first + index, start, end, data) for index, (data, start, end) in enumerate(rows)],
             )
             for fork in unsaved.forks:
                 row = (number, fork.author, fork.first.encoded, fork.second.encoded)
@@ -202,9 +215,13 @@ class SpaceStore:
     def count(self, space: bytes) -> int:
         """Operations stored since the checkpoint."""
         row = self._connection.execute(
-            "SELECT COUNT(*) FROM operations WHERE number = ?", (self._numbers[space],)
+            f"SELECT COUNT(*) FROM operations WHERE {_IN_SPACE}", _places(self._numbers[space])
         ).fetchone()
         return int(row[0])
+
+    def flush_log(self) -> None:
+        """Put what stands in the write-ahead log into the database."""
+        self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def stored_bytes(self) -> int:
         """Size of the database, its log included."""

@@ -72,32 +72,26 @@ def test_changes_are_watched(run, tmp_path: Path) -> None:
             space["a"] = 0
             other = await two.spaces.join(space.id)
             await until_equal(space, other)
-            seen = []
+            seen, done = [], []
 
             async def watch(task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
                 changes = other.watch()
                 task_status.started()
                 async for change in changes:
                     seen.append((change.kind, change.name, change.key, change.action, change.value))
-                    if len(seen) == 3:
+                    if change.value in (2, [{"insert": ["x"]}]):
+                        done.append(change)
+                    if len(done) == 2:
                         return
 
             async with trio.open_nursery() as nursery:
                 await nursery.start(watch)
-                await trio.testing.wait_all_tasks_blocked(0.01)
                 space["a"] = 1
                 space["a"] = 2
                 other.list("l").append("x")
-            assert sorted(map(str, seen)) == sorted(
-                map(
-                    str,
-                    [
-                        ("map", "data", "a", "set", 1),
-                        ("map", "data", "a", "set", 2),
-                        ("list", "l", None, "edit", [{"insert": ["x"]}]),
-                    ],
-                )
-            )
+            # What arrives together may be told as one change: the last value always is.
+            assert ("map", "data", "a", "set", 2) in seen
+            assert ("list", "l", None, "edit", [{"insert": ["x"]}]) in seen
 
     run(main)
 

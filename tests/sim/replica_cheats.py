@@ -102,7 +102,7 @@ def reuse_clock(network: Network, member: Member, rng: random.Random) -> Sent:
 
 def oversize(network: Network, member: Member, rng: random.Random) -> Sent:
     op = _next(network, member, b"\x00" * REPLICA_MAX_UPDATE_BYTES)
-    return [(member.neighbours[0], [op])]
+    return [(target, [op]) for target in member.neighbours[:1]]
 
 
 def replay(network: Network, member: Member, rng: random.Random) -> Sent:

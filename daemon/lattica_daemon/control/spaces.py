@@ -169,7 +169,8 @@ class SpaceControl:
         return {"space": found.id, "root": found.root().hex(), "operations": found.operations()}
 
     async def space_verify(self, space: str) -> dict[str, Any]:
-        """Check everything again from the genesis or the checkpoint: `{ok, operations, refused, root}`."""
+        """Check everything again from the genesis or the checkpoint: `{ok, operations, refused, root, lost}`;
+        `lost`: our own operations that a checkpoint left out."""
         found = self._space(space)
         report = found.verify()
         await trio.lowlevel.checkpoint()
@@ -179,6 +180,7 @@ class SpaceControl:
             "refused": [{"operation": key.hex(), "reason": reason} for key, reason in report.refused],
             "document_equal": report.document_equal,
             "root": found.root().hex(),
+            "lost": [key.hex() for key in found.lost()],
         }
 
     async def space_checkpoint(self, space: str) -> dict[str, Any]:

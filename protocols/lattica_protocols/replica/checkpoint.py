@@ -5,14 +5,16 @@ Wire: canonical msgpack, an array
     [1, space: bin 32, number: uint, previous: bin 32, time: uint, root: bin 32, operations: uint,
      owners: [bin], writers: [bin], former: [bin],
      chains: [[author, instance, seq, end, last, time], …], heads: [bin 32, …],
-     excluded: [[author, seq, instance], …], state: bin 32, covered: bin 32, handed over: [bin, …]]
+     excluded: [[author, seq, instance], …], state: bin 32, covered: bin 32, handed over: [bin, …],
+     renamed: [[client, start, end, name], …]]
 
 `root` and `operations` are those of the replica that made it, just before. `chains` says where each chain stood.
 `state` is the BLAKE3 of the document (a yrs update), `covered` that of the sorted 8-byte prefixes of the ids of all
 operations it replaces, including those that earlier checkpoints did. `previous` is the id of the checkpoint before, 32
-zero bytes for the first. `handed over` are all HAND_OVER operations so far, so that somebody who only knows the genesis
-can see that the signer is the owner now. Of two checkpoints the one with the higher number is taken, then the one with
-the smaller id.
+zero bytes for the first. `handed over` are all HAND_OVER operations so far, so that somebody who only knows the
+genesis can see that the signer is the owner now. `renamed` are items of equivocators with another client id in the
+document, by their old names: an operation from before the checkpoint may name them. Of two checkpoints the one with the
+higher number is taken, then the one with the smaller id.
 
     id        = BLAKE3("lattica-checkpoint-1" || bytes)
     signed    = [bytes, [[key: bin 32, Ed25519("lattica-checkpoint-1" || id)], …]]      an owner's, or a quorum's
@@ -108,6 +110,7 @@ class Checkpoint:
             blake3(state).digest(),
             blake3(covered).digest(),
             floor.handed_over,
+            floor.renamed,
         ]
         return cls(space, number, previous, time, root, operations, floor, state, msgpack.packb(fields))
 
@@ -143,7 +146,7 @@ class Checkpoint:
         try:
             (header, signatures), state, covered = _unpack(data)
             fields = _unpack(header)
-            if msgpack.packb(fields) != header or len(fields) != 16 or fields[:2] != (VERSION, space):
+            if msgpack.packb(fields) != header or len(fields) != 17 or fields[:2] != (VERSION, space):
                 raise RemoteProtocolError("not a checkpoint of this space")
             number, previous, time, root, operations, owned, writers, former, chains, heads, excluded = fields[2:13]
             _check_numbers(number, time, operations)
@@ -165,6 +168,7 @@ class Checkpoint:
                 _keys(heads),
                 _excluded(excluded),
                 _prefixes(covered),
+                _renamed(fields[16]),
                 handed,
             )
         except (ValueError, TypeError, msgpack.UnpackException, RecursionError):
@@ -254,6 +258,12 @@ def _excluded(excluded: Sequence[Any]) -> dict[bytes, tuple[int, int]]:
         _check_numbers(seq, instance)
         out[_check_key(author)] = (seq, instance)
     return out
+
+
+def _renamed(rows: Sequence[Any]) -> tuple[tuple[int, int, int, int], ...]:
+    for client, start, end, name in rows:
+        _check_numbers(client, start, end, name)
+    return tuple(rows)
 
 
 def _prefixes(covered: bytes) -> frozenset[bytes]:

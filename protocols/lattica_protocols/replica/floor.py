@@ -35,6 +35,8 @@ class Floor:
     excluded: dict[bytes, tuple[int, int]] = field(default_factory=dict)
     """Equivocators, with the place of the fork: (seq, instance)."""
     covered: frozenset[bytes] = frozenset()
+    renamed: tuple[tuple[int, int, int, int], ...] = ()
+    """(client, start, end, name): items of equivocators that have another name in the document."""
     handed_over: tuple[bytes, ...] = ()
     """The HAND_OVER operations so far, in order."""
 

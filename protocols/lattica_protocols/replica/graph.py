@@ -51,6 +51,9 @@ def forked_client(operation: bytes) -> int:
     return (int.from_bytes(blake3(b"lattica-replica-forked" + operation).digest()[:8], "big") >> 11) or 1
 
 
+_NOBODY: Chain = (b"", 0)
+
+
 class Branch:
     """A line of operations of one chain. A chain has one, and one more for each fork."""
 
@@ -335,62 +338,97 @@ class Graph:
                 self._resolve(client, clock, length, past)
         return parsed
 
-    def _resolve(self, client: int, clock: int, length: int, past: Past) -> list[tuple[Entry | None, int, int]]:
-        """The operations in `past` with these items: (operation or None for the checkpoint, clock, length)."""
+    def _resolve(self, client: int, clock: int, length: int, past: Past) -> list[Piece]:
+        """Under which names the document has these items. Raises when they are not all in `past`."""
         end = clock + length
         entry = self.renamed.get(client)
         if entry is not None:
             if past.get(entry.branch, -1) < entry.op.seq or clock < entry.start or end > entry.end:
                 raise Refused("it names items that are not in its past")
-            return [(entry, clock, length)]
-        found: list[tuple[Entry | None, int, int]] = []
+            return [(client, clock, length)]
+        found: list[Piece] = []
         floor_end = self.floor.vector.get(client, 0)
         if clock < floor_end:
-            found.append((None, clock, min(end, floor_end) - clock))
+            found.append((client, clock, min(end, floor_end) - clock))
             clock = min(end, floor_end)
-        branches = self.chains.get(self._clients.get(client, (b"", 0)), ())
+        branches = self.chains.get(self._clients.get(client, _NOBODY), ())
         if len(branches) == 1 and clock < end:
             # The usual case: no fork, the range is in one branch.
             branch = branches[0]
             seq = past.get(branch, -1)
-            if seq >= 0 and not self.forks and end <= branch.ends[seq - branch.first_seq]:
-                found.append((branch.at_clock(clock), clock, end - clock))
+            if (
+                seq >= 0
+                and not self.any_excluded
+                and branch.start <= clock
+                and end <= branch.ends[seq - branch.first_seq]
+            ):
+                found.append((client, clock, end - clock))
                 clock = end
-        if clock < end and not branches:
-            raise NotYet("it names items of a client that is not known here")
         while clock < end:
-            piece = self._resolve_one(branches, clock, past)
-            stop = min(end, piece.end)
-            found.append((piece, clock, stop - clock))
+            name, stop = self._resolve_one(client, clock, past)
+            stop = min(end, stop)
+            found.append((name, clock, stop - clock))
             clock = stop
         return found
 
-    def _resolve_one(self, branches: Sequence[Branch], clock: int, past: Past) -> Entry:
-        candidates = []
-        for branch in branches:
-            entry = branch.at_clock(clock)
-            if entry is not None and past.get(branch, -1) >= entry.op.seq:
-                candidates.append(entry)
-        if not candidates:
+    def _resolve_one(self, client: int, clock: int, past: Past) -> tuple[int, int]:
+        """The name of the item, and the clock up to which the items behind it have the same one."""
+        found = [
+            each
+            for each in self._candidates(client, clock)
+            if each[2] is None or past.get(each[2].branch, -1) >= each[2].op.seq
+        ]
+        if not found:
+            if client not in self._clients and client not in self.floor.vector:
+                raise NotYet("it names items of a client that is not known here")
             raise Refused("it names items that are not in its past")
-        if len(candidates) > 1:
+        if len(found) > 1:
             raise Refused("it names items of which a fork has two")
-        return candidates[0]
+        return found[0][:2]
 
-    def pieces(self, past: Past, own: Entry, client: int, clock: int, length: int) -> list[Piece]:
-        """How a range of items that `own` names is called in the document."""
+    def is_forked(self, client: int) -> bool:
+        """Whether items of this client may have another name in the document."""
+        chain = self._clients.get(client)
+        return (chain is not None and self.excluded(chain[0])) or any(row[0] == client for row in self.floor.renamed)
+
+    def pieces(self, own: Entry, client: int, clock: int, length: int) -> list[Piece]:
+        """How a range of items that the admitted operation `own` names is called in the document.
+
+        The past of `own`, a walk over the graph, is needed only where a fork has two items of one name.
+        """
+        if not self.is_forked(client):
+            return [(client, clock, length)]
         out: list[Piece] = []
         end = clock + length
         if client == own.branch.client and own.start < end <= own.end:
             inside = max(clock, own.start)
-            name = forked_client(own.op.id) if self.is_renamed(own) else client
-            out.append((name, inside, end - inside))
+            out.append((forked_client(own.op.id) if self.is_renamed(own) else client, inside, end - inside))
             end = inside
-        if clock < end:
-            for entry, first, count in self._resolve(client, clock, end - clock, past):
-                renamed = entry is not None and self.is_renamed(entry)
-                out.append((forked_client(entry.op.id) if entry is not None and renamed else client, first, count))
+        past: Past | None = None
+        while clock < end:
+            found = self._candidates(client, clock)
+            if len(found) > 1:
+                past = past if past is not None else self.past_of(own)
+                found = [each for each in found if each[2] is None or past.get(each[2].branch, -1) >= each[2].op.seq]
+            name, stop, _ = found[0]
+            out.append((name, clock, min(end, stop) - clock))
+            clock = min(end, stop)
         return out
+
+    def _candidates(self, client: int, clock: int) -> list[tuple[int, int, Entry | None]]:
+        """The items that may be meant: (name in the document, clock behind those with the same, operation)."""
+        found: list[tuple[int, int, Entry | None]] = []
+        floor_end = self.floor.vector.get(client, 0)
+        if clock < floor_end:
+            return [(client, floor_end, None)]
+        for branch in self.chains.get(self._clients.get(client, _NOBODY), ()):
+            entry = branch.at_clock(clock)
+            if entry is not None:
+                found.append((forked_client(entry.op.id) if self.is_renamed(entry) else client, entry.end, entry))
+        for renamed, start, end, name in self.floor.renamed:
+            if renamed == client and start <= clock < end:
+                found.append((name, end, None))
+        return found
 
     def past_of(self, entry: Entry) -> Past:
         """Everything before `entry`, and itself. A walk over the graph: for forks only."""
@@ -408,7 +446,12 @@ class Graph:
         return entry.removed or self._after_fork(entry.op)
 
     def is_renamed(self, entry: Entry) -> bool:
-        return bool(self.forks) and entry.op.kind == Kind.EDIT and self._after_fork(entry.op)
+        """Whether its items have a name of their own in the document."""
+        return self.any_excluded and entry.op.kind == Kind.EDIT and self._after_fork(entry.op)
+
+    @property
+    def any_excluded(self) -> bool:
+        return bool(self.forks or self.floor.excluded)
 
     def _after_fork(self, op: Operation) -> bool:
         fork = self.forks.get(op.author)

@@ -1,6 +1,7 @@
 """The messages of `/lattica/replica/1`. Each stands alone: lost, repeated and reordered ones do no harm.
 
-On a stream: u32 length (big endian) || message. A message is a msgpack array `[kind, space: bin 32, …]`:
+On a stream: u32 length (big endian) || message. A message is a msgpack array `[kind, tag: bin 8, …]`;
+the tag is the first 8 bytes of the space's id, which whoever holds the space knows:
 
     1 HELLO           digest, checkpoint number, checkpoint id      what the sender has, in 32 bytes
     2 FRONTIER        checkpoint number, checkpoint id, full, [[author, instance, seq, first 8 bytes of the id], …],
@@ -13,7 +14,7 @@ On a stream: u32 length (big endian) || message. A message is a msgpack array `[
     8 CHECKPOINT      id, offset, total, bytes
     9 PRESENCE        [[key, time, info, signature], …]
     10 UNKNOWN                                                      the sender has no such space
-    11 GET_GENESIS
+    11 GET_GENESIS    space id
     12 GENESIS        genesis
 
 `full` in a FRONTIER: count only those chain ends as known whose id the receiver has. Otherwise a chain end that is
@@ -58,6 +59,8 @@ class Kind(enum.IntEnum):
     GENESIS = 12
 
 
+TAG_BYTES = 8
+"""Of a space's id, in each message. Two spaces of one peer with one tag are found at joining, and refused."""
 MAX_FORKS = 64
 """Proofs in one message."""
 
@@ -66,15 +69,16 @@ _Check = Callable[[Any], bool]
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A parsed message: `fields` are those behind the space, with the types that the module's header says."""
+    """A parsed message: `fields` are those behind the tag, with the types that the module's header says."""
 
     kind: Kind
-    space: bytes
+    tag: bytes
     fields: tuple[Any, ...]
 
 
 def encode_message(kind: Kind, space: bytes, *fields: object) -> bytes:
-    return bytes(msgpack.packb([kind, space, *fields]))
+    """A message about the space with the id `space`."""
+    return bytes(msgpack.packb([kind, space[:TAG_BYTES], *fields]))
 
 
 def decode_message_untrusted(data: bytes) -> Message:
@@ -87,7 +91,7 @@ def decode_message_untrusted(data: bytes) -> Message:
         )
     except (ValueError, TypeError, msgpack.UnpackException, RecursionError):
         raise RemoteProtocolError("not a message") from None
-    if type(parts) is not tuple or len(parts) < 2 or type(parts[0]) is not int or not _is_hash(parts[1]):
+    if type(parts) is not tuple or len(parts) < 2 or type(parts[0]) is not int or not _exactly(TAG_BYTES)(parts[1]):
         raise RemoteProtocolError("not a message")
     shape = _SHAPES.get(parts[0])
     fields = parts[2:]
@@ -158,6 +162,6 @@ _SHAPES: dict[int, tuple[_Check, ...]] = {
         _list(_row(_is_hash, _is_number, _bytes_up_to(REPLICA_MAX_PRESENCE_BYTES), _exactly(64)), REPLICA_MAX_PRESENT),
     ),
     Kind.UNKNOWN: (),
-    Kind.GET_GENESIS: (),
+    Kind.GET_GENESIS: (_is_hash,),
     Kind.GENESIS: (_bytes_up_to(2 * 256 * 34 + 512),),
 }

@@ -120,10 +120,10 @@ class Operation:
                 data, use_list=False, max_array_len=REPLICA_MAX_PARENTS, max_map_len=0, max_str_len=0, max_ext_len=0
             )
             kind, author, instance, seq, parents, time, body, signature = fields
-            canonical = msgpack.packb(fields) == data
+            canonical = type(fields) is tuple and msgpack.packb(fields) == data
         except (ValueError, TypeError, msgpack.UnpackException, RecursionError):
             raise RemoteProtocolError("not an operation") from None
-        if not canonical or type(fields) is not tuple:
+        if not canonical:
             raise RemoteProtocolError("operation not in canonical form")
         _check_types(kind, author, instance, seq, parents, time, body, signature)
         operation = cls._of(kind, author, instance, seq, parents, time, body)
@@ -162,20 +162,32 @@ def _check_types(
     body: object,
     signature: object,
 ) -> None:
-    if type(kind) is not int or not 0 <= kind <= 3:
-        raise RemoteProtocolError("operation of an unknown kind")
-    if type(author) is not bytes or len(author) != 32 or type(signature) is not bytes or len(signature) != 64:
+    types = (type(kind), type(author), type(instance), type(seq), type(parents), type(time), type(body))
+    if types != _TYPES or type(signature) is not bytes:
+        raise RemoteProtocolError("operation with a field of a wrong type")
+    assert isinstance(parents, tuple)
+    assert isinstance(author, bytes)
+    assert isinstance(body, bytes)
+    if len(author) != 32 or len(signature) != 64:
         raise RemoteProtocolError("operation whose author or signature has a wrong length")
-    for number, limit in ((instance, 0xFFFFFFFF), (seq, _MAX_SEQ), (time, _MAX_TIME)):
-        if type(number) is not int or not 0 <= number <= limit:
-            raise RemoteProtocolError("operation with a number out of range")
-    if type(parents) is not tuple or len(parents) > REPLICA_MAX_PARENTS:
-        raise RemoteProtocolError("operation with too many parents")
+    if not (0 <= kind <= 3 and 0 <= instance <= 0xFFFFFFFF and 0 <= seq <= _MAX_SEQ and 0 <= time <= _MAX_TIME):  # type: ignore[operator]
+        raise RemoteProtocolError("operation with a number out of range")
     for parent in parents:
         if type(parent) is not bytes or len(parent) != 32:
             raise RemoteProtocolError("operation with a parent that is no hash")
-    others = parents[1:] if seq else parents
-    if any(a >= b for a, b in pairwise(others)) or (seq and (not parents or parents[0] in others)):
-        raise RemoteProtocolError("operation whose parents are not sorted, are there twice, or lack its predecessor")
-    if type(body) is not bytes or len(body) > REPLICA_MAX_UPDATE_BYTES or (kind != Kind.EDIT and len(body) != 32):
+    _check_parents(parents, bool(seq))
+    if len(body) > REPLICA_MAX_UPDATE_BYTES or (kind != Kind.EDIT and len(body) != 32):
         raise RemoteProtocolError("operation whose body is too long, or is no key")
+
+
+def _check_parents(parents: tuple[bytes, ...], follows: bool) -> None:
+    """The author's operation before it first (when it `follows` one), the others sorted, none twice."""
+    if follows and not parents:
+        raise RemoteProtocolError("operation that lacks its predecessor")
+    if len(parents) > 1:
+        others = parents[1:] if follows else parents
+        if any(a >= b for a, b in pairwise(others)) or (follows and parents[0] in others):
+            raise RemoteProtocolError("operation whose parents are not sorted, or are there twice")
+
+
+_TYPES = (int, bytes, int, int, tuple, int, bytes)

@@ -116,6 +116,14 @@ class Replica:
         """Take in an operation. Raises `Refused`, `NotYet` or `MissingParents`; then nothing changed."""
         return self._apply(self.graph.admit(op, unix_now))
 
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """Apply what is received inside the block in one transaction of the document: five times quicker."""
+        if self._captured is not None:
+            raise LocalProtocolError("a transaction of this space is under way")
+        with self.doc.transaction():
+            yield
+
     def receive_fork(self, fork: Fork) -> Admission:
         """Take in a proof that somebody equivocated. Raises `Refused` or `NotYet`."""
         return self._apply(self.graph.add_fork_untrusted(fork))
@@ -165,12 +173,14 @@ class Replica:
         if self._captured is not None:
             return  # our own edit: it is in the document already
         body = entry.op.body
-        if self.graph.forks or self.graph.floor.excluded:
+        graph = self.graph
+        if graph.any_excluded:
             parsed = parse_update_untrusted(body)
-            past = self.graph.past_of(entry)
-            if self.graph.is_renamed(entry) and parsed.end > parsed.start:
+            if graph.is_renamed(entry) and parsed.end > parsed.start:
                 self.doc.apply_update(filler(forked_client(entry.op.id), parsed.start))
-            body = rename(body, parsed, lambda c, k, n: self.graph.pieces(past, entry, c, k, n))
+            named = {client for client, _ in parsed.references} | {client for client, _, _ in parsed.deletions}
+            if any(graph.is_forked(client) for client in named | {parsed.client}):
+                body = rename(body, parsed, lambda c, k, n: graph.pieces(entry, c, k, n))
         self.doc.apply_update(body)
 
     def _new_doc(self) -> Doc[Any]:
@@ -179,7 +189,6 @@ class Replica:
             doc = Doc(client_id=client_id(self.key.public_key.data, self.instance))
         if self.checkpoint is not None:
             doc.apply_update(self.checkpoint.state)
-        self._subscription = doc.observe(self._on_update)
         return doc
 
     def _rebuild(self) -> None:
@@ -217,14 +226,19 @@ class Replica:
             raise LocalProtocolError("a transaction of this space is under way")
         made: list[Operation] = []
         captured = self._captured = []
+        doc = self.doc
+        # Observed for our own edits only: for those of others yrs would encode each update again.
+        subscription = doc.observe(self._on_update)
         try:
-            with self.doc.transaction():
+            with doc.transaction():
                 yield made
         except BaseException:
             self._captured = None
             if captured:
                 self._rebuild()
             raise
+        finally:
+            doc.unobserve(subscription)
         try:
             for update in captured:
                 made.append(self._write(Kind.EDIT, update, unix_now))
@@ -334,6 +348,14 @@ class Replica:
             heads=frozenset(graph.heads),
             excluded={author: (seq, instance) for author, seq, instance in graph.exclusions()},
             covered=graph.floor.covered | {entry.op.id[:COVERED_PREFIX] for entry in counted},
+            renamed=(
+                *graph.floor.renamed,
+                *(
+                    (entry.branch.client, entry.start, entry.end, forked_client(entry.op.id))
+                    for entry in counted
+                    if graph.is_renamed(entry) and entry.end > entry.start
+                ),
+            ),
             handed_over=(*graph.floor.handed_over, *handed),
         )
         made = Checkpoint.make(
@@ -363,12 +385,13 @@ class Replica:
     def adopt(self, checkpoint: Checkpoint, *, save: bool = True) -> None:
         """Take a checkpoint that was checked."""
         old = self.graph
-        self.checkpoint = checkpoint
         self.graph = Graph(self.space, self.genesis.owner, self.genesis.writers, checkpoint.floor)
+        self.checkpoint = checkpoint
         self.graph.restore_forks(old.forks.values())
         for entry in old.entries.values():
             try:
-                self.graph.admit(entry.op, None, span=(entry.start, entry.end))
+                # Checked again: what an operation names may be ambiguous without the history, here as elsewhere.
+                self.graph.admit(entry.op, None)
             except RemoteProtocolError:
                 if self.key is not None and entry.op.author == self.key.public_key.data:
                     self.lost.append(entry.op)

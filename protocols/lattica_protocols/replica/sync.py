@@ -49,6 +49,8 @@ FRONTIER_PAUSE = 0.25
 """Seconds between frontiers to one neighbour, unless something came of the last one."""
 STALLED = 10.0
 """Seconds without an ACK after which batches are no longer sent."""
+LOST = 2.0
+"""Seconds without an ACK after which what is in flight is sent again when a frontier does not show it."""
 WANT_AGAIN = 1.0
 FRUITLESS = 2
 """Frontiers that changed nothing, after which all chain ends are compared by id."""
@@ -67,7 +69,8 @@ class _Neighbour:
     batches: deque[Entry] = field(default_factory=deque)
     """What it lacks, parents first."""
     batch: int = 0
-    in_flight: set[int] = field(default_factory=set)
+    in_flight: dict[int, list[Entry]] = field(default_factory=dict)
+    """What was sent and not acknowledged, by batch."""
     last_ack: float = 0.0
     frontier_at: float = -1e9
     fruitless: int = 0
@@ -210,10 +213,10 @@ class ReplicaSync(Generic[Peer]):
                 self._on_frontier(peer, neighbour, message, now)
             case Kind.OPERATIONS:
                 if operations is None:
-                    operations = decode_operations_untrusted(message)
+                    operations = decode_operations_untrusted(message, self.replica.space)
                 self._on_operations(peer, neighbour, fields[0], operations, now, unix_now)
             case Kind.ACK:
-                neighbour.in_flight.discard(fields[0])
+                neighbour.in_flight.pop(fields[0], None)
                 neighbour.last_ack = now
                 self._send_batches(peer, neighbour, now)
             case Kind.WANT:
@@ -226,7 +229,7 @@ class ReplicaSync(Generic[Peer]):
                 self._on_checkpoint(peer, *fields, now=now)
             case Kind.PRESENCE:
                 self._on_presence(peer, fields[0], now, unix_now)
-            case Kind.GET_GENESIS:
+            case Kind.GET_GENESIS if fields[0] == self.replica.space:
                 self._send(peer, Kind.GENESIS, self.replica.genesis.encode())
 
     def _on_hello(
@@ -259,9 +262,13 @@ class ReplicaSync(Generic[Peer]):
         news = self._answer_exclusions(peer, exclusions)
         past, ahead = self._past_of_tips(tips, full)
         missing = self._missing(past)
-        neighbour.batches = deque(missing)
-        neighbour.in_flight.clear()
-        neighbour.last_ack = now
+        if now - neighbour.last_ack > LOST:
+            neighbour.in_flight.clear()
+        if not neighbour.in_flight:
+            neighbour.last_ack = now
+        # a frontier that crossed our batches does not show them yet
+        flying = {entry.op.id for entries in neighbour.in_flight.values() for entry in entries}
+        neighbour.batches = deque(entry for entry in missing if entry.op.id not in flying)
         if missing:
             neighbour.fruitless = 0
             self._send_batches(peer, neighbour, now)
@@ -323,8 +330,13 @@ class ReplicaSync(Generic[Peer]):
         unix_now: float,
     ) -> None:
         known = self.replica.operations()
-        for op in operations:
-            self._take(peer, op, batch, now, unix_now)
+        if len(operations) > 1:
+            with self.replica.batch():
+                for op in operations:
+                    self._take(peer, op, batch, now, unix_now)
+        else:
+            for op in operations:
+                self._take(peer, op, batch, now, unix_now)
         if batch:
             self._send(peer, Kind.ACK, batch)
             if self.replica.operations() != known:
@@ -546,20 +558,19 @@ class ReplicaSync(Generic[Peer]):
 
     def _send_batches(self, peer: Peer, neighbour: _Neighbour, now: float) -> None:
         while neighbour.batches and len(neighbour.in_flight) < REPLICA_BATCHES_IN_FLIGHT:
-            operations: list[bytes] = []
+            entries: list[Entry] = []
             size = 0
-            while neighbour.batches and len(operations) < REPLICA_BATCH_OPERATIONS and size < REPLICA_BATCH_BYTES:
-                entry = neighbour.batches.popleft()
-                operations.append(entry.op.encoded)
-                size += len(entry.op.encoded)
+            while neighbour.batches and len(entries) < REPLICA_BATCH_OPERATIONS and size < REPLICA_BATCH_BYTES:
+                entries.append(neighbour.batches.popleft())
+                size += len(entries[-1].op.encoded)
             neighbour.batch += 1
-            neighbour.in_flight.add(neighbour.batch)
-            self._send(peer, Kind.OPERATIONS, neighbour.batch, operations)
+            neighbour.in_flight[neighbour.batch] = entries
+            self._send(peer, Kind.OPERATIONS, neighbour.batch, [entry.op.encoded for entry in entries])
 
 
-def decode_operations_untrusted(message: Message) -> list[Operation]:
+def decode_operations_untrusted(message: Message, space: bytes) -> list[Operation]:
     """The operations of an OPERATIONS message, their signatures not checked yet."""
-    return [Operation.decode_untrusted(data, message.space) for data in message.fields[1]]
+    return [Operation.decode_untrusted(data, space) for data in message.fields[1]]
 
 
 def _batches(operations: Sequence[Operation]) -> Iterable[tuple[int, int]]:

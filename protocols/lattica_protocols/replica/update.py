@@ -55,6 +55,8 @@ class ParsedUpdate:
     """What an update contains. `client` is meaningless when `start == end`."""
 
     client: int = 0
+    client_bytes: bytes = b""
+    """The same as it stands in the update."""
     start: int = 0
     end: int = 0
     """The clocks of its own items: `start` up to, not including, `end`."""
@@ -152,7 +154,11 @@ def read_text(data: bytes, at: int) -> tuple[str, int]:
 
 def _id(data: bytes, at: int, parsed: ParsedUpdate) -> int:
     """Note a reference to an item; the offset behind it."""
-    client, middle = read_uint(data, at)
+    own = parsed.client_bytes
+    if own and data.startswith(own, at):  # nearly every reference of a small edit is to the author's own items
+        client, middle = parsed.client, at + len(own)
+    else:
+        client, middle = read_uint(data, at)
     clock, end = read_uint(data, middle)
     if client >= MAX_CLIENT or clock >= MAX_CLOCK:
         raise RemoteProtocolError("reference out of range in an update")
@@ -177,6 +183,7 @@ def _read_structs(data: bytes, parsed: ParsedUpdate) -> int:
     if not 0 < client < MAX_CLIENT:
         raise RemoteProtocolError("client id out of range in an update")
     parsed.client = client
+    parsed.client_bytes = data[at:middle]
     parsed.start = parsed.end = clock
     parsed.marks.append((at, middle, client, clock))
     at = end
@@ -213,6 +220,8 @@ def _read_struct(data: bytes, at: int, parsed: ParsedUpdate) -> tuple[int, int]:
             raise RemoteProtocolError("item in an update with an unknown kind of parent")
         if info & 0x20:
             _, at = read_text(data, at)
+    if info & 0x1F == _ANY and data[at] == 1:
+        return 1, _skip_any(data, at + 1, 0)  # one plain value: what most edits are
     return _read_content(info & 0x1F, data, at)
 
 
@@ -300,8 +309,12 @@ def _skip_signed(data: bytes, at: int) -> int:
 def _read_deletions(data: bytes, at: int, parsed: ParsedUpdate) -> int:
     clients, at = read_uint(data, at)
     total = 0
+    own = parsed.client_bytes
     for _ in range(clients):
-        client, at = read_uint(data, at)
+        if own and data.startswith(own, at):
+            client, at = parsed.client, at + len(own)
+        else:
+            client, at = read_uint(data, at)
         ranges, at = read_uint(data, at)
         if client >= MAX_CLIENT or ranges > len(data):
             raise RemoteProtocolError("deletion out of range in an update")
