@@ -1,7 +1,7 @@
 """A small internet out of network namespaces: a routed core, public hosts, boxes with hosts behind them.
 
     core -- 198.18.0.x/32 -- public hosts, and the outside of boxes (interface `wan`)
-            box `lan` (a bridge, 10.n.0.1/24; behind a firewall 198.19.n.1/24) -- hosts, further boxes
+            box `lan` (a bridge, 10.n.0.1/24; a carrier's 100.64.n.1/24; behind a firewall 198.19.n.1/24) -- hosts, further boxes
 
 The core is a routed hop, so that a low TTL dies there. Must run inside `unshare -Urnm` (see run.py): then nothing of
 it is left when the process ends, and no other lab is met.
@@ -32,7 +32,7 @@ class LabHost:
 class LabBox:
     """A NAT or firewall and the network behind it."""
 
-    def __init__(self, lab: Lab, kind: str, behind: LabBox | None) -> None:
+    def __init__(self, lab: Lab, kind: str, behind: LabBox | None, *, carrier: bool = False) -> None:
         self.lab = lab
         self.kind = kind
         self.netns = Netns(lab.next_name(f"box-{kind}"))
@@ -43,7 +43,7 @@ class LabBox:
         )
         self._hosts = 1
         number = lab.next_network()
-        self.prefix = f"198.19.{number}" if kind == "fw" else f"10.{number}.0"
+        self.prefix = f"198.19.{number}" if kind == "fw" else f"100.64.{number}" if carrier else f"10.{number}.0"
         self.netns.ip(
             "link add lan type bridge",
             "link set lan up",
@@ -101,15 +101,16 @@ class Lab:
     def next_name(self, kind: str) -> str:
         return f"{kind}{self.next_number()}"
 
-    def box(self, kind: str, behind: LabBox | None = None) -> LabBox:
-        """A box of one of `nat_rules.KINDS`, on the core or behind another."""
-        return LabBox(self, kind, behind)
+    def box(self, kind: str, behind: LabBox | None = None, *, carrier: bool = False) -> LabBox:
+        """A box of one of `nat_rules.KINDS`, on the core or behind another. `carrier`: RFC 6598 addresses inside."""
+        return LabBox(self, kind, behind, carrier=carrier)
 
     def chain(self, kinds: str) -> LabBox | None:
         """`apdf+sym`: a home router behind a carrier's; `none`: no box. Returns the innermost."""
         box = None
-        for kind in reversed(kinds.split("+")):
-            box = None if kind == "none" else self.box(kind, box)
+        parts = kinds.split("+")
+        for i, kind in reversed(list(enumerate(parts))):
+            box = None if kind == "none" else self.box(kind, box, carrier=i > 0)
         return box
 
     def host_behind(self, kinds: str) -> LabHost:
