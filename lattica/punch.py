@@ -221,8 +221,12 @@ class HolePuncher:
         try:
             report = self._report(peer)
             report.attempts += 1
-            with trio.fail_after(EXCHANGE_SECONDS):
-                exchange, token = await self._exchange(stream, relayed, initiator=False)
+            try:
+                with trio.fail_after(EXCHANGE_SECONDS):
+                    exchange, token = await self._exchange(stream, relayed, initiator=False)
+            except (LatticaError, ProtocolError, trio.TooSlowError) as error:
+                report.errors = [*report.errors[-7:], f"exchange: {error}"]
+                raise
             if not await self._punch(relayed, exchange, token, report):
                 await self.refresh()
         finally:
@@ -256,6 +260,8 @@ class HolePuncher:
         assert partner is not None
         targets = self._targets(relayed, exchange)
         report.tried = [str(target.addr) for target in targets]
+        if not targets:
+            report.errors = [*report.errors[-7:], "the peer named no address that can be tried"]
         log.debug("punch peer=%s client=%s targets=%s", peer.short(), is_client, " ".join(report.tried))
         with trio.move_on_after(PUNCH_SECONDS), self._expecting(targets if is_client else []):
             async with trio.open_nursery() as nursery:

@@ -1,7 +1,8 @@
 """A small internet out of network namespaces: a routed core, public hosts, boxes with hosts behind them.
 
     core -- 198.18.0.x/32 -- public hosts, and the outside of boxes (interface `wan`)
-            box `lan` (a bridge, 10.n.0.1/24; a carrier's 100.64.n.1/24; behind a firewall 198.19.n.1/24) -- hosts, further boxes
+            box `lan` (a bridge, 10.n.0.1/24; a carrier's 100.64.n.1/24; behind a firewall 198.19.n.1/24)
+                -- hosts, further boxes
 
 The core is a routed hop, so that a low TTL dies there. Must run inside `unshare -Urnm` (see run.py): then nothing of
 it is left when the process ends, and no other lab is met.
@@ -11,12 +12,15 @@ from __future__ import annotations
 
 import subprocess
 from dataclasses import dataclass, field
+from itertools import count
 
 from nat_rules import rules
 from netns import Netns
 
 GATEWAY = "169.254.0.1"
 """What every outside interface uses as its router: only the core has it, on each of its ends."""
+
+_NUMBERS = count(1)
 
 
 @dataclass
@@ -99,7 +103,8 @@ class Lab:
         return self._networks
 
     def next_name(self, kind: str) -> str:
-        return f"{kind}{self.next_number()}"
+        """Also another one than those of other labs in this process."""
+        return f"{kind}{next(_NUMBERS)}"
 
     def box(self, kind: str, behind: LabBox | None = None, *, carrier: bool = False) -> LabBox:
         """A box of one of `nat_rules.KINDS`, on the core or behind another. `carrier`: RFC 6598 addresses inside."""

@@ -20,7 +20,7 @@ CAUSES: dict[str, set[str]] = {
     "symseq": {"reachable", "nat"},
     "sym": {"reachable", "nat"},
     "noudp": {"reachable", "udp"},
-    "tcp443": {"reachable", "udp", "tcp-ports"},
+    "tcp443": {"reachable", "udp"},
     "apdf+apdfr": {"reachable", "double-nat"},
 }
 """The checks that say there is a problem."""
@@ -56,7 +56,7 @@ def daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, LabD
         for kind, daemon in running.items():
             if kind != "none":
                 daemon.wait_reserved()
-            wait_until(lambda d=daemon: len(d.json("nat")["observers"]) == 3, 20.0, daemon.process.log)  # type: ignore[misc]
+            wait_until(lambda d=daemon: len(d.json("nat")["observers"]) >= 3, 20.0, daemon.process.log)  # type: ignore[misc]
         yield running
     finally:
         for daemon in (*running.values(), *relays):
@@ -81,6 +81,8 @@ def test_the_verdict_of_nat(kind: str, daemons: dict[str, LabDaemon]) -> None:
 def test_doctor_names_the_cause(kind: str, daemons: dict[str, LabDaemon]) -> None:
     found = by_check(daemons[kind].json("doctor"))
     problems = {name for name, finding in found.items() if finding["ok"] is False}
+    problems.discard("container")  # of the machine that the lab runs on
+    assert ("tcp-ports" in found) is (kind in ("noudp", "tcp443")), "the relays are at 443"
     assert problems == CAUSES[kind], found
     assert all(found[name]["fix"] and found[name]["detail"] for name in problems)
     assert all(found[name]["evidence"] for name in problems - {"reachable"})

@@ -72,7 +72,7 @@ def test_blocked_udp_is_named_with_what_was_asked() -> None:
 
 def test_a_web_only_network_is_named() -> None:
     known = found(facts(BLOCKED, links=(link("tcp", "/ip4/9.9.9.1/tcp/443"),)))
-    assert known["tcp-ports"].ok is False
+    assert "TCP port 443" in known["tcp-ports"].evidence[0]
 
 
 @pytest.mark.parametrize(

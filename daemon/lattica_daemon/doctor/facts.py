@@ -124,9 +124,21 @@ def surroundings(release: str | None = None) -> str:
     kernel = os.uname().release if release is None else release
     if "microsoft" in kernel.lower():
         return "wsl"
-    if os.path.exists("/.dockerenv") or os.path.exists("/run/.containerenv"):
+    if (os.path.exists("/.dockerenv") or os.path.exists("/run/.containerenv")) and _has_veth():
         return "container"
     return ""
+
+
+def _has_veth() -> bool:
+    """Whether an interface is one end of a cable between namespaces: with the host's network there is none of ours."""
+    for name in os.listdir("/sys/class/net"):
+        try:
+            with open(f"/sys/class/net/{name}/ifindex") as own, open(f"/sys/class/net/{name}/iflink") as other:
+                if int(own.read()) != int(other.read()):
+                    return True
+        except (OSError, ValueError):
+            continue
+    return False
 
 
 def is_shared_space(ip: str) -> bool:

@@ -75,7 +75,7 @@ def check_tcp_ports(facts: Facts) -> Finding | None:
         return None
     detail = "all connections go to TCP port 443 or 80; with UDP blocked, this looks like a network for the web only"
     fix = "relays on TCP 443 carry the traffic; to be direct, allow outgoing TCP to other ports"
-    return Finding("tcp-ports", False, detail, fix, tuple(f"connected to TCP port {p}" for p in sorted(set(ports))))
+    return Finding("tcp-ports", None, detail, fix, tuple(f"connected to TCP port {p}" for p in sorted(set(ports))))
 
 
 def check_nat(facts: Facts) -> Finding:
