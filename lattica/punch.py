@@ -239,11 +239,12 @@ class HolePuncher:
         try:
             opened = False
             while True:
-                while (message := exchange.poll_transmit()) is not None:
-                    await stream.send_frame(message)
                 if exchange.partner is not None and not opened:
+                    # before our next message: the partner may send the moment it has that
                     opened = True
                     self._open_nat(self._targets(relayed, exchange))
+                while (message := exchange.poll_transmit()) is not None:
+                    await stream.send_frame(message)
                 if exchange.punch_at is not None:
                     await stream.aclose()
                     return exchange, token
