@@ -97,7 +97,7 @@ class HolePuncher:
         *,
         tcp: TcpTransport | None = None,
         quic: QuicTransport | None = None,
-        opening_hops: int = OPENING_HOPS,
+        opening_hops: Callable[[], int] = lambda: OPENING_HOPS,
     ) -> None:
         self.reports: OrderedDict[PeerId, PunchReport] = OrderedDict()
         self.more_candidates: Callable[[], Sequence[Multiaddr]] = lambda: ()
@@ -108,7 +108,9 @@ class HolePuncher:
         self._circuits = circuits
         self._tcp = tcp
         self._quic = quic
-        self._opening_hops = opening_hops
+        self.opening_hops = opening_hops
+        """How far the opening datagram goes; 0: there is nothing of ours to open. One that goes too far reaches the
+        partner's box before the partner has opened it, and does the harm that it is to prevent."""
         self._rng = random.Random(host.rng.getrandbits(64))
         self._budget = PunchBudget()
         self._direct: dict[PeerId, trio.Event] = {}
@@ -334,14 +336,15 @@ class HolePuncher:
 
     def _open_nat(self, targets: Sequence[Target]) -> None:
         """One datagram to each UDP address that dies on its way."""
-        for target in targets:
+        hops = self.opening_hops()
+        for target in targets if hops else ():
             found, ip = target.addr.host_port(), target.addr.ip()
             if self._quic is None or found is None or ip is None or found[0] != "udp":
                 continue
             if self._budget.take(ip, trio.current_time()):
                 address = (found[1], found[2])
                 probe = dcutr.encode_probe(None, self._rng)
-                self._quic.endpoint_for(address).send_short_lived(probe, address, self._opening_hops)
+                self._quic.endpoint_for(address).send_short_lived(probe, address, hops)
 
     # -- what comes from addresses that nobody named --------------------------------------------------------
     def _await_probes(

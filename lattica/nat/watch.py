@@ -13,7 +13,9 @@ from lattica.host import PeerConnected, PeerIdentified, SelfChanged
 from lattica.listen_addrs import interface_ips
 from lattica.nat.observers import peer_observers, resolve_servers
 from lattica_protocols.multiaddr import Multiaddr
+from lattica_protocols.nat.behaviour import Filtering, Mapping
 from lattica_protocols.nat.classify import MIN_OBSERVERS
+from lattica_protocols.nat.punch_plan import OPENER_TTL
 
 if TYPE_CHECKING:
     from lattica.host import Host
@@ -51,6 +53,16 @@ class NatWatch:
     def candidates(self) -> list[Multiaddr]:
         """Where a partner may find our QUIC socket, as observers saw it."""
         return [quic_multiaddr(addr) for addr in self.behaviour.seen[:_CANDIDATES]]
+
+    def opening_hops(self) -> int:
+        """How far a datagram has to go that opens what is in front of us and reaches nobody else's box: none at all
+        where nothing is, one router where at most this machine's own firewall is known of."""
+        known = self.behaviour
+        if known.mapping is not Mapping.NONE:
+            return OPENER_TTL
+        if known.filtering is Filtering.ENDPOINT_INDEPENDENT:
+            return 0
+        return 1 if known.filtering is Filtering.UNKNOWN else OPENER_TTL
 
     async def refresh(self) -> None:
         """Bring the candidates up to date: a round trip, a second at most."""
