@@ -9,7 +9,7 @@
 #
 # Everything runs in .venv, which is made here from the newest Python of 3.11 or later that is found.
 
-.PHONY: demo test check interop nat bench fuzz soak venv clean
+.PHONY: demo test check interop nat nat-figures bench fuzz soak venv clean
 .DEFAULT_GOAL := help
 
 VENV := .venv
@@ -57,6 +57,9 @@ interop: $(STAMP)
 
 nat: $(STAMP)
 	@$(PYTHON) tests/nat/run.py
+
+nat-figures: $(STAMP)
+	@$(PYTHON) tests/nat/figures.py
 
 bench: $(STAMP)
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[bench]'

@@ -139,6 +139,7 @@ class HolePuncher:
         peer = connection.peer_id
         if connection.path != "relay":
             self._direct.pop(peer, trio.Event()).set()
+            self._tell_direct(connection)
             nursery.start_soon(self._leave_relays, peer, connection)
         elif peer not in self._upgrading and not self._is_direct(peer):
             self._upgrading.add(peer)
@@ -166,10 +167,13 @@ class HolePuncher:
                 pause = min(2 * pause, RETRY_SECONDS[1])
         finally:
             self._upgrading.discard(peer)
-            direct = [c for c in self._host.connections(peer) if c.path != "relay"]
-            if direct and not report.result:
-                report.result, report.seconds = direct[0].path, trio.current_time() - report.started
-                log.info("relay_left peer=%s path=%s seconds=%.3f", peer.short(), report.result, report.seconds)
+
+    def _tell_direct(self, connection: Connection) -> None:
+        """Into the report: the first direct connection."""
+        peer, report = connection.peer_id, self.reports.get(connection.peer_id)
+        if report is not None and not report.result:
+            report.result, report.seconds = connection.path, trio.current_time() - report.started
+            log.info("relay_left peer=%s path=%s seconds=%.3f", peer.short(), report.result, report.seconds)
 
     async def _dial_known(self, peer: PeerId, report: PunchReport) -> None:
         """Reversal: what identify tells of a peer that is public is dialled as any address."""

@@ -87,7 +87,9 @@ class LabBox:
 class Lab:
     """See the top of the file."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, delay_ms: float = 0.0) -> None:
+        """`delay_ms`: between any two places on the core, one way; needs netem (see `has_netem`)."""
+        self._delay_ms = delay_ms
         self._count = 0
         self._networks = 0
         self.last_link = ""
@@ -145,6 +147,10 @@ class Lab:
             f"link set {self.last_link} up",
             f"route add {address}/32 dev {self.last_link}",
         )
+        if self._delay_ms:
+            delay = ["delay", f"{self._delay_ms}ms", "limit", "10000"]
+            done = self.core.run(["tc", "qdisc", "add", "dev", self.last_link, "root", "netem", *delay])
+            assert not done.returncode, done.stderr
         netns.ip(
             f"addr add {address}/32 dev {interface}",
             f"link set {interface} up",
@@ -156,6 +162,12 @@ class Lab:
     def _public_address(self) -> str:
         number = self.next_number()
         return f"198.18.{number // 250}.{number % 250 + 1}"
+
+
+def has_netem() -> bool:
+    """Whether delay can be added here. Call it inside of the lab's namespaces: it makes one more."""
+    probe = Netns(f"netem{next(_NUMBERS)}")
+    return probe.run(["tc", "qdisc", "add", "dev", "lo", "root", "netem", "delay", "1ms"]).returncode == 0
 
 
 def missing() -> str | None:
