@@ -35,6 +35,8 @@ PUBLIC = '[discovery]\nmode = "client"\n'
 EASY = ("none", "fw", "full", "adf", "apdf", "apdfr", "rej", "open")
 BLOCKED = ("noudp", "tcp443")
 DIRECT_SECONDS = 15.0
+SLOW_SECONDS = 0.5
+"""What is slower is shown with what was tried."""
 Row = tuple[str, str, str, str]
 """What, figure, bar, how."""
 
@@ -130,7 +132,11 @@ class LabFigures:
                     direct += 1
                 except AssertionError:
                     sys.stderr.write(f"not direct: {' x '.join(pair)}\n")
-                told += [p["seconds"] for p in a.json("nat")["peers"] if p["peer_id"] == b.peer_id and p["result"]]
+                for peer in a.json("nat")["peers"]:
+                    if peer["peer_id"] == b.peer_id and peer["result"]:
+                        told.append(peer["seconds"])
+                        if told[-1] > SLOW_SECONDS:
+                            sys.stderr.write(f"slow: {' x '.join(pair)}: {peer}\n")
             a.json("peer", "disconnect", b.peer_id)
         yield "pairs direct", f"{direct} of {len(wanted)}", "all", self.how
         yield "relayed to direct", _spread(told), "150 / 500 ms", f"{self.how}, {len(told)} pairs"
