@@ -3,6 +3,7 @@
 # make check   ruff, mypy, the layer rule
 # make interop tests against other libp2p implementations, which it installs
 # make nat     NAT traversal: simulated boxes, then real daemons behind kernel NATs, as far as this machine allows
+# make nat-figures  the figures of NAT traversal, as a table
 # make bench   measurements beside other implementations, in one run
 # make fuzz    every parser of bytes from the network, longer than `make test` does
 # make soak    ten minutes of garbage on every port of a daemon that has to go on serving
@@ -26,7 +27,7 @@ done
 endef
 
 help:
-	@sed -n '1,10s/^# *//p' Makefile
+	@sed -n '1,11s/^# *//p' Makefile
 
 $(STAMP): pyproject.toml
 	@python=$$($(FIND_PYTHON)); \
