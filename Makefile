@@ -3,13 +3,14 @@
 # make check   ruff, mypy, the layer rule
 # make interop tests against other libp2p implementations, which it installs
 # make nat     NAT traversal: simulated boxes, then real daemons behind kernel NATs, as far as this machine allows
+# make nat-figures  the figures of NAT traversal, as a table
 # make bench   measurements beside other implementations, in one run
 # make fuzz    every parser of bytes from the network, longer than `make test` does
 # make soak    ten minutes of garbage on every port of a daemon that has to go on serving
 #
 # Everything runs in .venv, which is made here from the newest Python of 3.11 or later that is found.
 
-.PHONY: demo test check interop nat bench fuzz soak venv clean
+.PHONY: demo test check interop nat nat-figures bench fuzz soak venv clean
 .DEFAULT_GOAL := help
 
 VENV := .venv
@@ -26,7 +27,7 @@ done
 endef
 
 help:
-	@sed -n '1,10s/^# *//p' Makefile
+	@sed -n '1,11s/^# *//p' Makefile
 
 $(STAMP): pyproject.toml
 	@python=$$($(FIND_PYTHON)); \
@@ -57,6 +58,9 @@ interop: $(STAMP)
 
 nat: $(STAMP)
 	@$(PYTHON) tests/nat/run.py
+
+nat-figures: $(STAMP)
+	@$(PYTHON) tests/nat/figures.py
 
 bench: $(STAMP)
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[bench]'

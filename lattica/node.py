@@ -143,6 +143,7 @@ class Node:
         if self.nat_watch is not None:
             self.punch.more_candidates = self.nat_watch.candidates
             self.punch.refresh = self.nat_watch.refresh
+            self.punch.opening_hops = self.nat_watch.opening_hops
         self.bootstrap = [Multiaddr.parse(text) for text in config.bootstrap]
 
     @property

@@ -97,7 +97,7 @@ class HolePuncher:
         *,
         tcp: TcpTransport | None = None,
         quic: QuicTransport | None = None,
-        opening_hops: int = OPENING_HOPS,
+        opening_hops: Callable[[], int] = lambda: OPENING_HOPS,
     ) -> None:
         self.reports: OrderedDict[PeerId, PunchReport] = OrderedDict()
         self.more_candidates: Callable[[], Sequence[Multiaddr]] = lambda: ()
@@ -108,7 +108,9 @@ class HolePuncher:
         self._circuits = circuits
         self._tcp = tcp
         self._quic = quic
-        self._opening_hops = opening_hops
+        self.opening_hops = opening_hops
+        """How far the opening datagram goes; 0: there is nothing of ours to open. One that goes too far reaches the
+        partner's box before the partner has opened it, and does the harm that it is to prevent."""
         self._rng = random.Random(host.rng.getrandbits(64))
         self._budget = PunchBudget()
         self._direct: dict[PeerId, trio.Event] = {}
@@ -137,6 +139,7 @@ class HolePuncher:
         peer = connection.peer_id
         if connection.path != "relay":
             self._direct.pop(peer, trio.Event()).set()
+            self._tell_direct(connection)
             nursery.start_soon(self._leave_relays, peer, connection)
         elif peer not in self._upgrading and not self._is_direct(peer):
             self._upgrading.add(peer)
@@ -164,10 +167,13 @@ class HolePuncher:
                 pause = min(2 * pause, RETRY_SECONDS[1])
         finally:
             self._upgrading.discard(peer)
-            direct = [c for c in self._host.connections(peer) if c.path != "relay"]
-            if direct and not report.result:
-                report.result, report.seconds = direct[0].path, trio.current_time() - report.started
-                log.info("relay_left peer=%s path=%s seconds=%.3f", peer.short(), report.result, report.seconds)
+
+    def _tell_direct(self, connection: Connection) -> None:
+        """Into the report: the first direct connection."""
+        peer, report = connection.peer_id, self.reports.get(connection.peer_id)
+        if report is not None and not report.result:
+            report.result, report.seconds = connection.path, trio.current_time() - report.started
+            log.info("relay_left peer=%s path=%s seconds=%.3f", peer.short(), report.result, report.seconds)
 
     async def _dial_known(self, peer: PeerId, report: PunchReport) -> None:
         """Reversal: what identify tells of a peer that is public is dialled as any address."""
@@ -221,8 +227,12 @@ class HolePuncher:
         try:
             report = self._report(peer)
             report.attempts += 1
-            with trio.fail_after(EXCHANGE_SECONDS):
-                exchange, token = await self._exchange(stream, relayed, initiator=False)
+            try:
+                with trio.fail_after(EXCHANGE_SECONDS):
+                    exchange, token = await self._exchange(stream, relayed, initiator=False)
+            except (LatticaError, ProtocolError, trio.TooSlowError) as error:
+                report.errors = [*report.errors[-7:], f"exchange: {error}"]
+                raise
             if not await self._punch(relayed, exchange, token, report):
                 await self.refresh()
         finally:
@@ -235,11 +245,12 @@ class HolePuncher:
         try:
             opened = False
             while True:
-                while (message := exchange.poll_transmit()) is not None:
-                    await stream.send_frame(message)
                 if exchange.partner is not None and not opened:
+                    # before our next message: the partner may send the moment it has that
                     opened = True
                     self._open_nat(self._targets(relayed, exchange))
+                while (message := exchange.poll_transmit()) is not None:
+                    await stream.send_frame(message)
                 if exchange.punch_at is not None:
                     await stream.aclose()
                     return exchange, token
@@ -256,6 +267,8 @@ class HolePuncher:
         assert partner is not None
         targets = self._targets(relayed, exchange)
         report.tried = [str(target.addr) for target in targets]
+        if not targets:
+            report.errors = [*report.errors[-7:], "the peer named no address that can be tried"]
         log.debug("punch peer=%s client=%s targets=%s", peer.short(), is_client, " ".join(report.tried))
         with trio.move_on_after(PUNCH_SECONDS), self._expecting(targets if is_client else []):
             async with trio.open_nursery() as nursery:
@@ -327,14 +340,15 @@ class HolePuncher:
 
     def _open_nat(self, targets: Sequence[Target]) -> None:
         """One datagram to each UDP address that dies on its way."""
-        for target in targets:
+        hops = self.opening_hops()
+        for target in targets if hops else ():
             found, ip = target.addr.host_port(), target.addr.ip()
             if self._quic is None or found is None or ip is None or found[0] != "udp":
                 continue
             if self._budget.take(ip, trio.current_time()):
                 address = (found[1], found[2])
                 probe = dcutr.encode_probe(None, self._rng)
-                self._quic.endpoint_for(address).send_short_lived(probe, address, self._opening_hops)
+                self._quic.endpoint_for(address).send_short_lived(probe, address, hops)
 
     # -- what comes from addresses that nobody named --------------------------------------------------------
     def _await_probes(

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import typer
 
-from lattica_cli import bench, blobs, config, content, demo, dht, peer, rpc, space, status, up
+from lattica_cli import bench, blobs, config, content, demo, dht, nat, peer, rpc, space, status, up
 from lattica_cli.context import State
 
 EXIT_FAILED = 1
@@ -34,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (demo, up, status, peer, content, blobs, dht, rpc, space, bench, config):
+for module in (demo, up, status, peer, content, blobs, dht, rpc, space, nat, bench, config):
     module.register(app)
 
 

@@ -10,10 +10,12 @@ import trio
 
 from lattica.rpc.forward import Forwarder
 from lattica_daemon.control import SERVICE_NAME, control_methods
+from lattica_daemon.doctor.peer import behaviour_to_plain
 from lattica_daemon.home import Home
 from lattica_daemon.measured import BenchService
 from lattica_daemon.rules import PeerRules
 from lattica_daemon.settings import Settings
+from lattica_protocols.nat.behaviour import NatBehaviour
 
 if TYPE_CHECKING:
     from lattica.interfaces import Connection
@@ -42,7 +44,7 @@ class Daemon:
         self.forwarder = Forwarder(node.rpc, node.peer_id, nursery)
         self.forwarder.serve_local(SERVICE_NAME, control_methods(self))
         node.rpc.serve("bench", BenchService())
-        node.rpc.serve("lattica", {"services": self._services_for_peers})
+        node.rpc.serve("lattica", {"services": self._services_for_peers, "nat": self._nat_for_peers})
 
     def stop(self, why: str) -> None:
         """Begin to drain. Safe to call twice."""
@@ -52,6 +54,11 @@ class Daemon:
 
     async def _services_for_peers(self) -> dict[str, list[str]]:
         return self.offered_services()
+
+    async def _nat_for_peers(self) -> dict[str, Any]:
+        """What stands between us, for the other side's `lattica doctor`."""
+        nat = self.node.nat
+        return behaviour_to_plain(NatBehaviour() if nat is None else nat.behaviour)
 
     def offered_services(self) -> dict[str, list[str]]:
         """What peers can call here: names of services, each with its methods (without the service's name)."""

@@ -77,6 +77,7 @@ class NatService:
             raise ConnectError("nobody is known who could see our address")
         endpoint = self._transport.endpoint_for(observers[0].addr)
         last: list[BehaviourKnown] = []
+        before = self.behaviour
 
         def on_event(event: object) -> bool:
             assert isinstance(event, BehaviourKnown)
@@ -100,6 +101,9 @@ class NatService:
             self._answering = machine.answering
             nursery.cancel_scope.cancel()
         behaviour = last[-1].behaviour
+        if not lifetimes and behaviour.public_ip == before.public_ip:  # measured once, they stay known
+            behaviour = replace(behaviour, lives_for=before.lives_for, dies_within=before.dies_within)
+        self.behaviour = behaviour
         log.info(
             "nat_known mapping=%s filtering=%s ports=%s hairpin=%s mapped=%s",
             behaviour.mapping.value,

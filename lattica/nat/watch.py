@@ -13,7 +13,9 @@ from lattica.host import PeerConnected, PeerIdentified, SelfChanged
 from lattica.listen_addrs import interface_ips
 from lattica.nat.observers import peer_observers, resolve_servers
 from lattica_protocols.multiaddr import Multiaddr
+from lattica_protocols.nat.behaviour import Mapping
 from lattica_protocols.nat.classify import MIN_OBSERVERS
+from lattica_protocols.nat.punch_plan import OPENER_TTL
 
 if TYPE_CHECKING:
     from lattica.host import Host
@@ -51,6 +53,16 @@ class NatWatch:
     def candidates(self) -> list[Multiaddr]:
         """Where a partner may find our QUIC socket, as observers saw it."""
         return [quic_multiaddr(addr) for addr in self.behaviour.seen[:_CANDIDATES]]
+
+    def opening_hops(self) -> int:
+        """How far a datagram has to go that opens our own NAT and reaches nobody else's box: nowhere without a NAT.
+
+        A firewall needs none: it drops what is early, and has no other port to give to our own packet afterwards.
+        """
+        known = self.behaviour
+        seen = {addr[0] for addr in known.seen}
+        own = known.mapping is Mapping.UNKNOWN and bool(seen) and seen <= {str(ip) for ip in interface_ips()}
+        return 0 if own or known.mapping is Mapping.NONE else OPENER_TTL
 
     async def refresh(self) -> None:
         """Bring the candidates up to date: a round trip, a second at most."""

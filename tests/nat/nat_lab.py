@@ -1,7 +1,8 @@
 """A small internet out of network namespaces: a routed core, public hosts, boxes with hosts behind them.
 
     core -- 198.18.0.x/32 -- public hosts, and the outside of boxes (interface `wan`)
-            box `lan` (a bridge, 10.n.0.1/24; behind a firewall 198.19.n.1/24) -- hosts, further boxes
+            box `lan` (a bridge, 10.n.0.1/24; a carrier's 100.64.n.1/24; behind a firewall 198.19.n.1/24)
+                -- hosts, further boxes
 
 The core is a routed hop, so that a low TTL dies there. Must run inside `unshare -Urnm` (see run.py): then nothing of
 it is left when the process ends, and no other lab is met.
@@ -11,12 +12,15 @@ from __future__ import annotations
 
 import subprocess
 from dataclasses import dataclass, field
+from itertools import count
 
 from nat_rules import rules
 from netns import Netns
 
 GATEWAY = "169.254.0.1"
 """What every outside interface uses as its router: only the core has it, on each of its ends."""
+
+_NUMBERS = count(1)
 
 
 @dataclass
@@ -32,7 +36,7 @@ class LabHost:
 class LabBox:
     """A NAT or firewall and the network behind it."""
 
-    def __init__(self, lab: Lab, kind: str, behind: LabBox | None) -> None:
+    def __init__(self, lab: Lab, kind: str, behind: LabBox | None, *, carrier: bool = False) -> None:
         self.lab = lab
         self.kind = kind
         self.netns = Netns(lab.next_name(f"box-{kind}"))
@@ -43,7 +47,7 @@ class LabBox:
         )
         self._hosts = 1
         number = lab.next_network()
-        self.prefix = f"198.19.{number}" if kind == "fw" else f"10.{number}.0"
+        self.prefix = f"198.19.{number}" if kind == "fw" else f"100.64.{number}" if carrier else f"10.{number}.0"
         self.netns.ip(
             "link add lan type bridge",
             "link set lan up",
@@ -83,7 +87,9 @@ class LabBox:
 class Lab:
     """See the top of the file."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, delay_ms: float = 0.0) -> None:
+        """`delay_ms`: between any two places on the core, one way; needs netem (see `has_netem`)."""
+        self._delay_ms = delay_ms
         self._count = 0
         self._networks = 0
         self.last_link = ""
@@ -99,17 +105,19 @@ class Lab:
         return self._networks
 
     def next_name(self, kind: str) -> str:
-        return f"{kind}{self.next_number()}"
+        """Also another one than those of other labs in this process."""
+        return f"{kind}{next(_NUMBERS)}"
 
-    def box(self, kind: str, behind: LabBox | None = None) -> LabBox:
-        """A box of one of `nat_rules.KINDS`, on the core or behind another."""
-        return LabBox(self, kind, behind)
+    def box(self, kind: str, behind: LabBox | None = None, *, carrier: bool = False) -> LabBox:
+        """A box of one of `nat_rules.KINDS`, on the core or behind another. `carrier`: RFC 6598 addresses inside."""
+        return LabBox(self, kind, behind, carrier=carrier)
 
     def chain(self, kinds: str) -> LabBox | None:
         """`apdf+sym`: a home router behind a carrier's; `none`: no box. Returns the innermost."""
         box = None
-        for kind in reversed(kinds.split("+")):
-            box = None if kind == "none" else self.box(kind, box)
+        parts = kinds.split("+")
+        for i, kind in reversed(list(enumerate(parts))):
+            box = None if kind == "none" else self.box(kind, box, carrier=i > 0)
         return box
 
     def host_behind(self, kinds: str) -> LabHost:
@@ -139,6 +147,10 @@ class Lab:
             f"link set {self.last_link} up",
             f"route add {address}/32 dev {self.last_link}",
         )
+        if self._delay_ms:
+            delay = ["delay", f"{self._delay_ms}ms", "limit", "10000"]
+            done = self.core.run(["tc", "qdisc", "add", "dev", self.last_link, "root", "netem", *delay])
+            assert not done.returncode, done.stderr
         netns.ip(
             f"addr add {address}/32 dev {interface}",
             f"link set {interface} up",
@@ -150,6 +162,12 @@ class Lab:
     def _public_address(self) -> str:
         number = self.next_number()
         return f"198.18.{number // 250}.{number % 250 + 1}"
+
+
+def has_netem() -> bool:
+    """Whether delay can be added here. Call it inside of the lab's namespaces: it makes one more."""
+    probe = Netns(f"netem{next(_NUMBERS)}")
+    return probe.run(["tc", "qdisc", "add", "dev", "lo", "root", "netem", "delay", "1ms"]).returncode == 0
 
 
 def missing() -> str | None:

@@ -21,7 +21,7 @@ PEER = "12D3KooWJrDiMu6uEsp5FSmiAPyNqCwiPdNQFVdWaMaP2fXYgqoF"
 CID = "bafkreifzjut3te7nhyekklss27nh3k72ysco7y32koao5eei66wof36n5e"
 COMMANDS = (
     *("demo", "up", "status", "id", "peers", "peer", "share", "get", "providers", "blobs", "dht", "rpc", "space"),
-    "bench",
+    *("nat", "doctor", "bench"),
 )
 GROUPS = {
     "peer": ("connect", "disconnect", "find", "ping", "allow", "block", "list-rules"),
@@ -115,6 +115,8 @@ def test_without_a_command_the_help_is_shown(lattica: Run) -> None:
         ["rpc", "call", PEER, "nodot"],
         ["rpc", "call", PEER, "a.b", "{"],
         ["bench", "nobody"],
+        ["doctor", "nobody"],
+        ["nat", "--lifetimes", "soon"],
         ["up", "--network", "x"],
         ["demo", "--file", "/no/such/file"],
         ["status", "--nonsense"],
@@ -141,6 +143,9 @@ def test_wrong_usage_is_one_line_and_exit_code_2(arguments: list[str], lattica: 
         ["dht", "info"],
         ["rpc", "services", PEER],
         ["bench", PEER],
+        ["nat"],
+        ["doctor"],
+        ["doctor", PEER, "--json"],
     ],
 )
 def test_without_a_daemon_the_exit_code_is_3(arguments: list[str], lattica: Run, tmp_path: Path) -> None:

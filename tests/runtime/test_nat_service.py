@@ -168,3 +168,19 @@ def test_a_low_ttl_goes_out(run: Run) -> None:
             nursery.cancel_scope.cancel()
 
     run(main)
+
+
+def test_without_a_nat_nothing_is_opened(run: Run) -> None:
+    """The datagram would come to the partner's box, which has no NAT of ours before it."""
+
+    async def main() -> None:
+        async with nodes(4) as (asking, *peers):
+            assert asking.nat_watch is not None
+            assert asking.nat_watch.opening_hops() == 2, "nothing is known yet"
+            for peer in peers:
+                await connect(asking, peer, "udp")
+            known = await asking.discover_nat()
+            assert known.mapping is Mapping.NONE
+            assert asking.nat_watch.opening_hops() == 0
+
+    run(main)

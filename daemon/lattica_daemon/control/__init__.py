@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lattica_daemon.control.bench import BenchControl
 from lattica_daemon.control.content import ContentControl
 from lattica_daemon.control.dht import DhtControl
+from lattica_daemon.control.nat import NatControl
 from lattica_daemon.control.peers import PeerControl
 from lattica_daemon.control.process import ProcessControl
 from lattica_daemon.control.spaces import SpaceControl
@@ -33,6 +34,7 @@ def control_methods(daemon: Daemon) -> dict[str, Callable[..., Any]]:
         DhtControl(daemon),
         SpaceControl(daemon),
         BenchControl(daemon),
+        NatControl(daemon),
     )
     methods: dict[str, Callable[..., Any]] = {}
     for part in parts:

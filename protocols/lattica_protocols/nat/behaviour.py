@@ -79,6 +79,8 @@ class NatBehaviour:
     """The public address of the host's socket, where that does not depend on the other side."""
     seen: tuple[SocketAddr, ...] = ()
     """Every address of that socket that an observer named, the most often named first: candidates, believed or not."""
+    observed: tuple[tuple[SocketAddr, SocketAddr], ...] = ()
+    """Each observer that was asked from that socket, and the address that it named."""
     public_ip: str | None = None
     udp_blocked: bool = False
     """No observer answered over UDP."""

@@ -299,6 +299,7 @@ class Discovery:
             allocation=classify_allocation(self._claims, dependent=verdict.mapping in _DEPENDENT),
             mapped=mapped,
             seen=tuple(addr for addr, _ in Counter(claim.mapped for claim in self._main_claims()).most_common()),
+            observed=tuple(dict.fromkeys((claim.asked, claim.mapped) for claim in self._main_claims())),
             public_ip=_public_ip(self._claims),
             udp_blocked=bool(self._observers) and not self._claims and not self._main_left,
             hairpin=self._hairpin,

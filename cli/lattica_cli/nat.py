@@ -1,0 +1,108 @@
+"""`lattica nat` and `lattica doctor`: what stands in front of this machine, and why connections are as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from lattica_cli.context import State, daemon, parse_peer, say, table
+
+_MARKS = {True: "ok     ", False: "problem", None: "unknown"}
+
+
+def register(app: typer.Typer) -> None:
+    app.command("nat")(nat)
+    app.command("doctor")(doctor)
+
+
+def nat(
+    ctx: typer.Context,
+    fresh: bool = typer.Option(False, "--fresh", help="Ask the observers again now (2 s)."),
+    lifetimes: str = typer.Option(
+        "", metavar="S,S,…", help="Measure how long a mapping lives without traffic, e.g. 10,30,60,120; takes as long."
+    ),
+) -> None:
+    """What the NATs in front of this machine do, and what was tried with relayed peers."""
+    state = State.of(ctx)
+    silences = _seconds(lifetimes)
+    with daemon(state) as lat:
+        data = lat.daemon("nat", fresh, silences or None, timeout=30.0 + max(silences, default=0.0))
+
+    def human() -> None:
+        for name, text in _verdict(data):
+            say(f"{name:<12} {text}")
+        if data["observers"]:
+            say()
+            seen = [(entry["observer"], entry["sees"] or "no answer") for entry in data["observers"]]
+            table(("observer", "sees us at"), seen, empty="")
+        if data["peers"]:
+            say()
+            rows = [
+                (p["peer_id"], p["path"] or "-", p["attempts"], p["result"] or "relayed", _tried(p))
+                for p in data["peers"]
+            ]
+            table(("peer", "path", "attempts", "result", "tried"), rows, empty="")
+
+    state.emit(data, human)
+
+
+def doctor(
+    ctx: typer.Context,
+    peer: str = typer.Argument("", metavar="[PEER]", help="Look at the path to this peer."),
+    timeout: float = typer.Option(40.0, help="Seconds to examine."),
+) -> None:
+    """Why connections are as they are, in words, and what to change."""
+    state = State.of(ctx)
+    target = str(parse_peer(peer)) if peer else None
+    with daemon(state) as lat:
+        data = lat.daemon("doctor", target, timeout=timeout)
+
+    def human() -> None:
+        for finding in data:
+            say(f"{_MARKS[finding['ok']]}  {finding['check']}: {finding['detail']}")
+            for line in finding["evidence"]:
+                say(f"             {line}")
+            if finding["fix"]:
+                say(f"         ->  {finding['fix']}")
+
+    state.emit(data, human)
+
+
+def _verdict(data: dict[str, Any]) -> list[tuple[str, str]]:
+    """Names and texts, one line each."""
+    ports, lifetime = data["ports"], data["lifetime"]
+    choice = ports["choice"]
+    if choice == "sequential":
+        choice += f", steps of {ports['step']}, the last was {ports['last']}"
+    elif choice == "block":
+        choice += f" {ports['low']} to {ports['high']}"
+    lines = [
+        ("reachable", f"{data['reachability']}: {data['reachability_detail']}"),
+        ("mapping", "not known: UDP is blocked" if data["udp_blocked"] else data["mapping"]),
+        ("filtering", data["filtering"]),
+        ("ports", choice),
+        ("hairpin", {True: "yes", False: "no", None: "not known"}[data["hairpin"]]),
+        ("lifetime", _lifetime(lifetime["lives_for"], lifetime["dies_within"])),
+        ("public", ", ".join(data["public_addrs"]) or "no address"),
+        ("port mapping", "none" if data["port_mapping"] is None else str(data["port_mapping"])),
+        ("relays", ", ".join(data["reservations"]) or "none"),
+    ]
+    return lines + [("because", line) for line in data["evidence"]]
+
+
+def _lifetime(lives: float | None, dies: float | None) -> str:
+    if lives is None:
+        return "not measured: see --lifetimes"
+    return f"at least {lives:g} s without traffic" + ("" if dies is None else f", less than {dies:g} s")
+
+
+def _tried(peer: dict[str, Any]) -> str:
+    return ", ".join([*peer["tried"], *(f"failed: {error}" for error in peer["errors"])]) or "-"
+
+
+def _seconds(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",") if part]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of seconds like 10,30,60.") from None
