@@ -33,6 +33,7 @@ from lattica.nat.watch import NatWatch
 from lattica.peerstore import PERMANENT, PeerInfo
 from lattica.ping import PingService
 from lattica.punch import HolePuncher
+from lattica.reach import ObservedAddresses
 from lattica.relay import RelayClient, RelayServer
 from lattica.relay.client import RELAY_KEY
 from lattica.relay.need import watch_need
@@ -108,6 +109,7 @@ class Node:
         self.listening = trio.Event()
         """Set when every address of the settings is listened on."""
         self.identify = IdentifyService(host, protocol_version=config.protocol_version)
+        self.observed = ObservedAddresses(host)
         self.ping = PingService(host)
         self.kad = KadService(
             host,
@@ -143,6 +145,8 @@ class Node:
         if self.nat_watch is not None:
             self.punch.more_candidates = self.nat_watch.candidates
             self.punch.refresh = self.nat_watch.refresh
+        if self.nat is not None:
+            self.nat.on_seen = self.observed.stun_answered
         self.bootstrap = [Multiaddr.parse(text) for text in config.bootstrap]
 
     @property
@@ -213,6 +217,7 @@ class Node:
                 nursery.start_soon(self._use_relays)
                 nursery.start_soon(watch_need, self.host, self.relay_client, self.config.relay_use == "always")
             nursery.start_soon(lambda: self.identify.run(unix_now=int(time.time())))
+            nursery.start_soon(self.observed.run)
             nursery.start_soon(self.kad.run)
             nursery.start_soon(self.blobs.run)
             if self.config.punch:

@@ -78,6 +78,7 @@ class NatWatch:
             return
         try:
             await self._nat.discover(observers)
+            await self._nat.sample()  # tells each observer's word to `on_seen`
         except ConnectError as error:
             log.debug("discovery_failed error=%s", error)
         else:

@@ -392,6 +392,13 @@ NAT_MAX_STRANGERS = 4
 """Probes in one attempt to addresses that signed probes came from and that the partner has not proven to hold: a
 carrier's NAT may use another address for a new mapping, a forger would like us to hit somebody."""
 
+# -- observed addresses -------------------------------------------------------------------------------------------
+OBSERVED_MAX_OBSERVATIONS = 512
+"""Observations held at once, of 300 bytes: one for each connection, the oldest of ended ones make room."""
+
+OBSERVED_MAX_ADDRS_PER_SOCKET = 2
+"""Observed addresses that are believed for one socket of ours: behind two providers at once there are two."""
+
 # -- local socket -------------------------------------------------------------------------------------------------
 LOCAL_FD_OVER = 128 << 10
 """Longer tails go as memory, not through the socket. Below it the system calls cost as much as the copies."""
