@@ -33,7 +33,7 @@ from lattica.nat.watch import NatWatch
 from lattica.peerstore import PERMANENT, PeerInfo
 from lattica.ping import PingService
 from lattica.punch import HolePuncher
-from lattica.reach import ObservedAddresses
+from lattica.reach import DialServer, ObservedAddresses, ReachService
 from lattica.relay import RelayClient, RelayServer
 from lattica.relay.client import RELAY_KEY
 from lattica.relay.need import watch_need
@@ -83,6 +83,8 @@ class NodeConfig:
     stun_servers: Sequence[str] = ()
     """HOST:PORT of STUN servers to ask besides our peers. What they say is trusted."""
     transports: Sequence[Literal["tcp", "quic"]] = ("tcp", "quic")
+    autonat_serve: bool = True
+    """Try for others whether they can be reached. Costs a dial each, at most 60 a minute."""
     relay_serve: bool = False
     """Carry other peers' connections. Of use only at a peer that others can reach."""
     relay_limits: RelayLimits = field(default_factory=RelayLimits)
@@ -110,6 +112,8 @@ class Node:
         """Set when every address of the settings is listened on."""
         self.identify = IdentifyService(host, protocol_version=config.protocol_version)
         self.observed = ObservedAddresses(host)
+        self.reach = ReachService(host)
+        self.dial_server = DialServer(host) if config.autonat_serve else None
         self.ping = PingService(host)
         self.kad = KadService(
             host,
@@ -218,6 +222,7 @@ class Node:
                 nursery.start_soon(watch_need, self.host, self.relay_client, self.config.relay_use == "always")
             nursery.start_soon(lambda: self.identify.run(unix_now=int(time.time())))
             nursery.start_soon(self.observed.run)
+            nursery.start_soon(self.reach.run)
             nursery.start_soon(self.kad.run)
             nursery.start_soon(self.blobs.run)
             if self.config.punch:

@@ -1,5 +1,7 @@
 """Where others reach this node: what they see, what they tried, and what changes when our interfaces do."""
 
 from lattica.reach.observed import ObservedAddresses
+from lattica.reach.server import DialServer
+from lattica.reach.service import ReachService
 
-__all__ = ["ObservedAddresses"]
+__all__ = ["DialServer", "ObservedAddresses", "ReachService"]

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import fuzz_autonat
 import fuzz_corpus as corpus
 import fuzz_machines as machines
 import fuzz_nat as nat
@@ -44,8 +45,6 @@ from lattica_protocols.stun import Attribute, MessageType, StunMessage
 FURTHER_MODULES = ["lattica.rpc.status"]
 """Outside of `lattica_protocols`, with parsers that need no I/O."""
 
-DRIVERS = [*machines.DRIVERS, *fuzz_relay.DRIVERS]
-
 INSTANCES: dict[type, Callable[[bytes], Any]] = {
     Identify: lambda data: Identify(signed_peer_record=data),
     NoiseOpener: lambda data: NoiseOpener(bytes(32)),
@@ -54,7 +53,7 @@ INSTANCES: dict[type, Callable[[bytes], Any]] = {
 }
 """How to get an object whose methods parse; classes made from nothing or from bytes need no entry."""
 
-DRIVERS = [*machines.DRIVERS, *nat.DRIVERS]
+DRIVERS = [*machines.DRIVERS, *nat.DRIVERS, *fuzz_relay.DRIVERS, *fuzz_autonat.DRIVERS]
 
 LENGTHS = {"lattica_protocols.blobs.messages.decode_header_untrusted": messages.HEADER.size}
 """Functions that are documented to take exactly so many bytes."""

@@ -50,12 +50,38 @@ def outside(daemon: LabDaemon, status: dict[str, Any]) -> set[str]:
     return {a for a in status["addrs"] if "/198.18." in a and "p2p-circuit" not in a}
 
 
-def test_observed_addresses_are_advertised(world: World) -> None:
-    box = world.lab.box("apdf")
-    daemon = world.start("apdf", box.host())
+def reachability(world: World, kind: str, value: str) -> dict[str, Any]:
+    """The status of a daemon behind `kind` once its reachability is known; it has to be `value`."""
+    daemon = world.start(kind)
     try:
-        expected = {f"/ip4/{box.address}/udp/4101/quic-v1"}
-        wait_until(lambda: expected & outside(daemon, daemon.json("status")), 20.0, daemon.process.log)
-        assert all(f"/{box.address}/" in addr for addr in outside(daemon, daemon.json("status")))
+        wait_until(lambda: daemon.json("status")["reachability"] == value, 30.0, daemon.process.log)
+        status: dict[str, Any] = daemon.json("status")
+        status["outside"] = outside(daemon, status)
+        return status
     finally:
         daemon.stop()
+
+
+def test_observed_addresses_are_advertised(world: World) -> None:
+    box = world.lab.box("full")
+    daemon = world.start("full", box.host())
+    try:
+        at = f"/ip4/{box.address}/udp/4101/quic-v1"
+        wait_until(lambda: at in outside(daemon, daemon.json("status")), 20.0, daemon.process.log)
+        wait_until(lambda: daemon.json("status")["tried_addrs"].get(at) == "public", 20.0, daemon.process.log)
+        assert daemon.json("status")["reachability"] == "public"
+        assert outside(daemon, daemon.json("status")) <= {at, f"/ip4/{box.address}/tcp/4101"}
+    finally:
+        daemon.stop()
+
+
+def test_a_public_host_is_public(world: World) -> None:
+    status = reachability(world, "none", "public")
+    assert len(status["outside"]) == 2
+
+
+@pytest.mark.parametrize("kind", ["apdf", "sym", "fw"])
+def test_who_cannot_be_reached_knows(world: World, kind: str) -> None:
+    status = reachability(world, kind, "private")
+    assert not status["outside"]
+    assert "public" not in status["tried_addrs"].values()
