@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from lattica.errors import ConnectError
 from lattica.host import PeerConnected, PeerIdentified, SelfChanged
-from lattica.listen_addrs import interface_ips
 from lattica.nat.observers import peer_observers, resolve_servers
 from lattica_protocols.multiaddr import Multiaddr
 from lattica_protocols.nat.classify import MIN_OBSERVERS
@@ -29,8 +28,6 @@ AGAIN_SECONDS: Final = 900.0
 SOON_SECONDS: Final = 10.0
 UNSURE_SECONDS: Final = 1.0
 """At least so long between two discoveries, whatever happens; the second while too few could be asked to be sure."""
-INTERFACES_SECONDS: Final = 5.0
-"""Between two looks at our own addresses."""
 _CANDIDATES: Final = 2
 
 
@@ -64,7 +61,6 @@ class NatWatch:
         """Until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._follow_peers)
-            nursery.start_soon(self._follow_interfaces)
             while True:
                 self._wakeup = trio.Event()
                 await self._ask()
@@ -94,24 +90,10 @@ class NatWatch:
             elif isinstance(event, SelfChanged) and not self.asked:
                 self._wakeup.set()
 
-    async def _follow_interfaces(self) -> None:
-        await watch_interfaces(self._changed)
-
-    def _changed(self) -> None:
+    def network_changed(self) -> None:
+        """Our interfaces are others than before (`lattica.reach.interfaces`)."""
         self.asked = 0
         self._wakeup.set()
-
-
-async def watch_interfaces(changed: Callable[[], None]) -> None:
-    """Call `changed` when the addresses of this machine are others than before."""
-    before = interface_ips()
-    while True:
-        await trio.sleep(INTERFACES_SECONDS)
-        now = interface_ips()
-        if set(now) != set(before):
-            log.info("interfaces_changed count=%d", len(now))
-            before = now
-            changed()
 
 
 def quic_multiaddr(addr: SocketAddr) -> Multiaddr:

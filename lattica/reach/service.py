@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from lattica.errors import LatticaError
+from lattica.errors import ConnectionLost, LatticaError
 from lattica.host import PeerDisconnected, PeerIdentified, SelfChanged
 from lattica.listen_addrs import interface_ips
 from lattica_protocols.autonat.exchange import AskedRequest
@@ -179,6 +179,7 @@ class ReachService:
                     outcome = Outcome.UNREACHED
         except (LatticaError, ProtocolError, trio.TooSlowError) as error:
             log.debug("reach_not_asked server=%s error=%s", question.server.short(), error)
+            outcome = Outcome.LOST
         finally:
             del self._expected[nonce]
         if expected.heard.is_set():
@@ -191,7 +192,8 @@ class ReachService:
 
     async def _exchange(self, question: Question, nonce: int) -> Answer:
         asked = AskedRequest(question.addr, nonce)
-        stream = await self._host.open_stream(question.server, DIAL_REQUEST_PROTOCOL, dial=False)
+        connection = self._usable(question.server)
+        stream = await self._host.open_stream(question.server, DIAL_REQUEST_PROTOCOL, connection=connection)
         try:
             while asked.answer is None:
                 while (message := asked.poll_transmit()) is not None:
@@ -201,6 +203,16 @@ class ReachService:
         finally:
             self.paid_bytes += asked.paid_bytes
             stream.reset()
+
+    def _usable(self, server: PeerId) -> Connection:
+        """A direct connection; not one from an address that we had before our network changed."""
+        own = set(interface_ips())
+        for connection in self._host.connections(server):
+            local = connection.local_addr.ip()
+            stale = local is not None and not local.is_unspecified and local not in own
+            if connection.path != "relay" and not stale and not connection.closed.is_set():
+                return connection
+        raise ConnectionLost("no direct connection is up")
 
     async def _dialled_back(self, stream: Stream) -> None:
         """Somebody connected with us and says for whom."""

@@ -28,9 +28,14 @@ from lattica_protocols.autonat.messages import (
 )
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.limits import AUTONAT_MAX_DIAL_DATA, AUTONAT_MIN_DIAL_DATA
+from lattica_protocols.peer_id import PeerId
 
 _ADDRS = tuple(addr.to_bytes() for addr in corpus.ADDRS)
 _DATA = AutonatMessage(data_response=DialDataResponse(data=bytes(4096))).encode()
+
+
+def v1_request(peer: PeerId | None) -> bytes:
+    return V1Message(type=0, dial=V1Dial(peer=V1Peer(id=peer and peer.to_bytes(), addrs=_ADDRS))).encode()
 
 
 class AutonatRequest(Driver):
@@ -70,8 +75,8 @@ class AutonatOthers(Driver):
     name = "autonat.messages"
 
     def seeds(self) -> list[Transcript]:
-        dial = V1Message(type=0, dial=V1Dial(peer=V1Peer(id=corpus.PEER.to_bytes(), addrs=_ADDRS))).encode()
-        return [(dial, v1_response(V1Status.OK, "text", corpus.ADDRS[0])), (DialBack(nonce=9).encode(), b"\x08\x00")]
+        answer = v1_response(V1Status.OK, "text", corpus.ADDRS[0])
+        return [(v1_request(corpus.PEER), answer), (DialBack(nonce=9).encode(), b"\x08\x00")]
 
     def run(self, parts: list[bytes], rng: random.Random) -> None:
         for part in parts:

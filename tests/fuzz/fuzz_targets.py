@@ -77,6 +77,7 @@ def _sealed() -> bytes:
 
 SEEDS: dict[str, Callable[[], list[tuple[bytes, ...]]]] = {
     "lattica_protocols.stun.decode_message_untrusted": lambda: [(message,) for message in nat.stun_messages()],
+    "lattica_protocols.autonat.messages.v1_addrs_untrusted": lambda: [(fuzz_autonat.v1_request(None),)],
     "lattica_protocols.nat.probe.decode_probe_untrusted": lambda: [
         (encode_probe(key, bytes(12)), key) for key in (bytes(32),)
     ],

@@ -37,6 +37,8 @@ UNSURE_AGAIN: Final = 120.0
 could be asked."""
 REST: Final = 120.0
 """Seconds for which a server that had no answer about an address is not asked about it."""
+LOST_REST: Final = 10.0
+"""The same when its connection broke."""
 FRESH: Final = 60.0
 """Seconds within which answers were given under the same circumstances."""
 PACE: Final = 1.0
@@ -49,7 +51,9 @@ class Outcome(enum.Enum):
     REACHED = "reached"
     UNREACHED = "unreached"
     NOTHING = "nothing"
-    """Refused, no answer, or one that proves nothing."""
+    """Refused, or an answer that proves nothing."""
+    LOST = "lost"
+    """The connection with the server broke, or it did not answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +132,7 @@ class ReachTracker:
                 asked.running.add(self._servers[server])
                 return Question(addr, server, self._servers[server])
             if not asked.running:
-                asked.due = now + _again(asked.verdict)
+                asked.due = min([now + _again(asked.verdict), *asked.resting.values()])
         return None
 
     def next_timeout(self) -> float | None:
@@ -142,8 +146,8 @@ class ReachTracker:
             return False
         asked.running.discard(question.voice)
         asked.due = now + PACE
-        if outcome is Outcome.NOTHING:
-            asked.resting[question.voice] = now + REST
+        if outcome in (Outcome.NOTHING, Outcome.LOST):
+            asked.resting[question.voice] = now + (REST if outcome is Outcome.NOTHING else LOST_REST)
             return False
         reached = outcome is Outcome.REACHED
         if asked.verdict != "unknown" and reached != (asked.verdict == "public"):
