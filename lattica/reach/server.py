@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections import Counter
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -41,8 +42,8 @@ class DialServer:
 
     def __init__(self, host: Host) -> None:
         self.budget = DialBudget()
-        self.served = {"v1": 0, "v2": 0}
-        """Requests that were answered after a dial, by version."""
+        self.served: Counter[tuple[int, str]] = Counter()
+        """Requests that were answered after a dial, by version and `DialStatus`."""
         self._host = host
         self._running = trio.CapacityLimiter(AUTONAT_MAX_RUNNING)
         self._rng = random.Random(host.rng.getrandbits(64))
@@ -74,7 +75,7 @@ class DialServer:
                 async with self._running:
                     status = await dial_back(served.dial.addr, peer, served.dial.nonce)
                 log.debug("dialled_back peer=%s addr=%s status=%s", peer.short(), served.dial.addr, status.name)
-                self.served["v2"] += 1
+                self.served[2, status.name] += 1
                 served.dialled(status)
             await stream.aclose()
 
@@ -95,7 +96,6 @@ class DialServer:
         usable = [addr for addr in addrs if addr.ip() == observed and self._dialable(addr, observed, [])]
         if not usable:
             return v1_response(V1Status.DIAL_REFUSED, "no address at the IP address you have here")
-        self.served["v1"] += 1
         async with self._running:
             for addr in usable[:AUTONAT_V1_MAX_DIALS]:
                 status = DialStatus.DIAL_ERROR
@@ -103,7 +103,9 @@ class DialServer:
                     status = await dial_back(addr, peer, None)
                 log.debug("dialled_back version=1 peer=%s addr=%s status=%s", peer.short(), addr, status.name)
                 if status is DialStatus.OK:
+                    self.served[1, status.name] += 1
                     return v1_response(V1Status.OK, addr=addr)
+        self.served[1, DialStatus.DIAL_ERROR.name] += 1
         return v1_response(V1Status.DIAL_ERROR, "none of the addresses answered")
 
     # -- both ---------------------------------------------------------------------------------------------
