@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import trio
 
@@ -96,6 +96,12 @@ class Host:
         self.peerstore = Peerstore(trio.current_time)
         self.counters: Counter[str] = Counter()
         self.announce = list(announce)
+        self.address_sources: list[Callable[[], Iterable[Multiaddr]]] = []
+        """Where we can be reached besides where we listen: observed addresses, mapped ports."""
+        self.unreachable: frozenset[Multiaddr] = frozenset()
+        """Of these, those at which others have tried in vain."""
+        self.reachability: Literal["public", "private", "unknown"] = "unknown"
+        """Whether strangers can connect with us directly, as far as was tried (`lattica.reach`)."""
         self.gate: Callable[[PeerId], str | None] = lambda peer: None
         """Returns why a peer may not connect, `None` when it may."""
         self.find_addrs: Callable[[PeerId], Awaitable[Iterable[Multiaddr]]] | None = None
@@ -218,6 +224,9 @@ class Host:
         self._protected[peer] -= 1
         if self._protected[peer] <= 0:
             del self._protected[peer]
+
+    def is_protected(self, peer: PeerId) -> bool:
+        return peer in self._protected
 
     async def connect(
         self, peer: PeerId | None, addrs: Sequence[Multiaddr] = (), *, route: bool = True
@@ -435,8 +444,15 @@ class Host:
         return list(out)
 
     def advertised_addrs(self) -> list[Multiaddr]:
-        """What others are told: the configured `announce` addresses, else where we listen."""
-        return list(self.announce) or self.listen_addrs()
+        """What others are told: the configured `announce` addresses, else where we listen and `address_sources`."""
+        if self.announce:
+            return list(self.announce)
+        further = [addr for source in self.address_sources for addr in source() if addr not in self.unreachable]
+        return list(dict.fromkeys([*self.listen_addrs(), *further]))
+
+    def bound_addrs(self) -> list[Multiaddr]:
+        """The sockets that we listen on, as they are bound: wildcards not expanded."""
+        return list(dict.fromkeys(addr for listener in self._listeners for addr in listener.addrs))
 
     # -- events -------------------------------------------------------------------------------------------
     def subscribe(self) -> trio.MemoryReceiveChannel[HostEvent]:

@@ -63,6 +63,12 @@ class IdentifyService:
                     for connection in self._host.connections():
                         nursery.start_soon(self._push, connection)
 
+    async def ask_again(self) -> None:
+        """Ask every connected peer anew: where it sees us may have changed."""
+        async with trio.open_nursery() as nursery:
+            for connection in self._host.connections():
+                nursery.start_soon(self._ask, connection)
+
     def message(self, connection: Connection) -> bytes:
         """What we tell the peer at the other end of `connection`."""
         addrs = tuple(self._host.advertised_addrs())

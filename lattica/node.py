@@ -28,11 +28,13 @@ from lattica.identify import PROTOCOL_VERSION, IdentifyService
 from lattica.identity_file import load_or_create_key
 from lattica.interfaces import Transport
 from lattica.kad import KadService
+from lattica.listen_addrs import interface_ips
 from lattica.nat import NatService
 from lattica.nat.watch import NatWatch
 from lattica.peerstore import PERMANENT, PeerInfo
 from lattica.ping import PingService
 from lattica.punch import HolePuncher
+from lattica.reach import DialServer, InterfaceWatch, ObservedAddresses, ReachService
 from lattica.relay import RelayClient, RelayServer
 from lattica.relay.client import RELAY_KEY
 from lattica.relay.need import watch_need
@@ -60,6 +62,9 @@ KAD_PROTOCOL = "/lattica/kad/1.0.0"
 BOOTSTRAP_RETRY = (1.0, 60.0)
 """Seconds before a bootstrap peer that could not be reached is tried again: doubling from the first to the second."""
 
+STRANDED_SECONDS = 10.0
+"""After which an address that is gone does not come back: roaming between access points takes a few seconds."""
+
 
 @dataclass
 class NodeConfig:
@@ -82,6 +87,8 @@ class NodeConfig:
     stun_servers: Sequence[str] = ()
     """HOST:PORT of STUN servers to ask besides our peers. What they say is trusted."""
     transports: Sequence[Literal["tcp", "quic"]] = ("tcp", "quic")
+    autonat_serve: bool = True
+    """Try for others whether they can be reached. Costs a dial each, at most 60 a minute."""
     relay_serve: bool = False
     """Carry other peers' connections. Of use only at a peer that others can reach."""
     relay_limits: RelayLimits = field(default_factory=RelayLimits)
@@ -108,6 +115,10 @@ class Node:
         self.listening = trio.Event()
         """Set when every address of the settings is listened on."""
         self.identify = IdentifyService(host, protocol_version=config.protocol_version)
+        self.observed = ObservedAddresses(host)
+        self.reach = ReachService(host)
+        self.interfaces = InterfaceWatch(self._interfaces_changed)
+        self.dial_server = DialServer(host) if config.autonat_serve else None
         self.ping = PingService(host)
         self.kad = KadService(
             host,
@@ -144,6 +155,8 @@ class Node:
             self.punch.more_candidates = self.nat_watch.candidates
             self.punch.refresh = self.nat_watch.refresh
             self.punch.opening_hops = self.nat_watch.opening_hops
+        if self.nat is not None:
+            self.nat.on_seen = self.observed.stun_answered
         self.bootstrap = [Multiaddr.parse(text) for text in config.bootstrap]
 
     @property
@@ -195,6 +208,25 @@ class Node:
             await trio.sleep(delay * self.host.rng.uniform(0.5, 1.5))
             delay = min(delay * 2, BOOTSTRAP_RETRY[1])
 
+    def _interfaces_changed(self) -> None:
+        """What we found out about how others see us is of the network that we were in."""
+        self.observed.reset()
+        self.reach.reset()
+        if self.nat_watch is not None:
+            self.nat_watch.network_changed()
+        self.host.addrs_changed()
+        self.host.nursery.start_soon(self.identify.ask_again)
+        self.host.nursery.start_soon(self._drop_stranded)
+
+    async def _drop_stranded(self) -> None:
+        """Close TCP connections from an address that we do not have any more; the other end would notice in minutes."""
+        await trio.sleep(STRANDED_SECONDS)
+        own = set(interface_ips())
+        for connection in self.host.connections():
+            ip = connection.local_addr.ip()
+            if connection.path == "tcp" and ip is not None and ip not in own:
+                connection.abort()
+
     async def _serve_as_relay(self) -> None:
         self.relay_server.start()
         await self.kad.provide(RELAY_KEY)
@@ -214,6 +246,9 @@ class Node:
                 nursery.start_soon(self._use_relays)
                 nursery.start_soon(watch_need, self.host, self.relay_client, self.config.relay_use == "always")
             nursery.start_soon(lambda: self.identify.run(unix_now=int(time.time())))
+            nursery.start_soon(self.observed.run)
+            nursery.start_soon(self.reach.run)
+            nursery.start_soon(self.interfaces.run)
             nursery.start_soon(self.kad.run)
             nursery.start_soon(self.blobs.run)
             if self.config.punch:

@@ -422,8 +422,9 @@ class HolePuncher:
         return None
 
     def _source_port(self, peer: PeerId | None, addr: Multiaddr) -> int | None:
-        """Relays are dialled from the port we listen on: then they see the mapping that partners can use."""
-        return self._listening_port("tcp", addr) if self._circuits.is_relay(peer) else None
+        """Relays and bootstrap peers are dialled from the port we listen on: they see the mapping others can use."""
+        watches = peer is not None and (self._circuits.is_relay(peer) or self._host.is_protected(peer))
+        return self._listening_port("tcp", addr) if watches else None
 
     # -- state --------------------------------------------------------------------------------------------
     def _is_direct(self, peer: PeerId) -> bool:

@@ -8,8 +8,8 @@
     bootstrap                    fill the table: look up ourselves and a key in each bucket
 
 Peers enter the table when identify says that they serve our protocol. In `server` mode we serve it, in `client` mode we
-only ask; `auto` serves unless we are behind a NAT as far as we can see: talking to the internet without having an
-address of it ourselves.
+only ask; `auto` serves when others reach us. Before anybody has tried, it serves unless we are behind a NAT as far as
+we can see: talking to the internet without having an address of it ourselves.
 """
 
 from __future__ import annotations
@@ -346,7 +346,9 @@ class KadService:
 
     def _update_mode(self) -> None:
         """Serve or not, see the module."""
-        if self.mode == "auto":
+        if self.mode == "auto" and self._host.reachability != "unknown":
+            wanted = self._host.reachability == "public"
+        elif self.mode == "auto":
             advertised = any(addr.is_global and not addr.is_circuit for addr in self._host.advertised_addrs())
             internet = any(connection.remote_addr.is_global for connection in self._host.connections())
             wanted = advertised or not internet

@@ -32,6 +32,7 @@ from lattica_protocols.stun_server import StunReply, StunServer
 if TYPE_CHECKING:
     from lattica.transports.quic import QuicTransport
     from lattica.transports.quic_endpoint import Endpoint
+    from lattica_protocols.multiaddr import Multiaddr
 
 log = logging.getLogger("lattica.nat")
 
@@ -49,6 +50,8 @@ class NatService:
         """Whether strangers' requests are answered."""
         self.behaviour = NatBehaviour()
         """The newest verdict."""
+        self.on_seen: Callable[[Multiaddr, SocketAddr, SocketAddr], None] = lambda listen, observer, mapped: None
+        """Called by `sample` with each answer: a socket of ours, who was asked, and where it sees that socket."""
         self._transport = transport
         self._nursery = nursery
         self._answering: list[SocketAddr] = []
@@ -133,12 +136,13 @@ class NatService:
             left -= 1
             if isinstance(event, Answered):
                 seen[event.mapped] += 1
+                self.on_seen(endpoint.local_addr, event.source, event.mapped)
             return not left
 
         client = StunClient(self._rng)
+        endpoint = self._transport.endpoint_for(self._answering[0])
         for addr in self._answering:
             client.request(0, addr, trio.current_time(), attempts=_SAMPLE_ATTEMPTS)
-        endpoint = self._transport.endpoint_for(self._answering[0])
         async with trio.open_nursery() as nursery:
             await self.run_machine(client, MachineRun(endpoint, nursery, on_event))
         if seen:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -31,8 +31,6 @@ AGAIN_SECONDS: Final = 900.0
 SOON_SECONDS: Final = 10.0
 UNSURE_SECONDS: Final = 1.0
 """At least so long between two discoveries, whatever happens; the second while too few could be asked to be sure."""
-INTERFACES_SECONDS: Final = 5.0
-"""Between two looks at our own addresses."""
 _CANDIDATES: Final = 2
 
 
@@ -76,7 +74,6 @@ class NatWatch:
         """Until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._follow_peers)
-            nursery.start_soon(self._follow_interfaces)
             while True:
                 self._wakeup = trio.Event()
                 await self._ask()
@@ -90,6 +87,7 @@ class NatWatch:
             return
         try:
             await self._nat.discover(observers)
+            await self._nat.sample()  # tells each observer's word to `on_seen`
         except ConnectError as error:
             log.debug("discovery_failed error=%s", error)
         else:
@@ -105,24 +103,10 @@ class NatWatch:
             elif isinstance(event, SelfChanged) and not self.asked:
                 self._wakeup.set()
 
-    async def _follow_interfaces(self) -> None:
-        await watch_interfaces(self._changed)
-
-    def _changed(self) -> None:
+    def network_changed(self) -> None:
+        """Our interfaces are others than before (`lattica.reach.interfaces`)."""
         self.asked = 0
         self._wakeup.set()
-
-
-async def watch_interfaces(changed: Callable[[], None]) -> None:
-    """Call `changed` when the addresses of this machine are others than before."""
-    before = interface_ips()
-    while True:
-        await trio.sleep(INTERFACES_SECONDS)
-        now = interface_ips()
-        if set(now) != set(before):
-            log.info("interfaces_changed count=%d", len(now))
-            before = now
-            changed()
 
 
 def quic_multiaddr(addr: SocketAddr) -> Multiaddr:

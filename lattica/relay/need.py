@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lattica.host import PeerDisconnected, PeerIdentified
+from lattica.host import PeerDisconnected, PeerIdentified, SelfChanged
 from lattica.listen_addrs import interface_ips
 from lattica_protocols.relay.keeper import WANTED_RESERVATIONS
 
@@ -17,10 +17,17 @@ async def watch_need(host: Host, client: RelayClient, always: bool) -> None:
     """Tell `client` how many reservations to keep, until cancelled: some with `always`, else while we are behind a
     NAT as far as we can see, or listen nowhere."""
     events = host.subscribe()
-    client.want(WANTED_RESERVATIONS if always or is_behind_nat(host) else 0)
+    client.want(WANTED_RESERVATIONS if always or needs_relays(host) else 0)
     async for event in events:
-        if not always and isinstance(event, PeerIdentified | PeerDisconnected):
-            client.want(WANTED_RESERVATIONS if is_behind_nat(host) else 0)
+        if not always and isinstance(event, PeerIdentified | PeerDisconnected | SelfChanged):
+            client.want(WANTED_RESERVATIONS if needs_relays(host) else 0)
+
+
+def needs_relays(host: Host) -> bool:
+    """Whether strangers do not reach us, as others have tried; before they have, whether it looks like that."""
+    if host.reachability == "unknown":
+        return is_behind_nat(host)
+    return host.reachability == "private"
 
 
 def is_behind_nat(host: Host) -> bool:

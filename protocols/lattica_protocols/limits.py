@@ -392,6 +392,52 @@ NAT_MAX_STRANGERS = 4
 """Probes in one attempt to addresses that signed probes came from and that the partner has not proven to hold: a
 carrier's NAT may use another address for a new mapping, a forger would like us to hit somebody."""
 
+# -- observed addresses -------------------------------------------------------------------------------------------
+OBSERVED_MAX_OBSERVATIONS = 512
+"""Observations held at once, of 300 bytes: one for each connection, the oldest of ended ones make room."""
+
+OBSERVED_MAX_ADDRS_PER_SOCKET = 2
+"""Observed addresses that are believed for one socket of ours: behind two providers at once there are two."""
+
+# -- AutoNAT ------------------------------------------------------------------------------------------------------
+AUTONAT_MAX_MESSAGE_BYTES = 8192
+"""As go-libp2p: a request with 50 addresses, or 4,096 bytes of data."""
+
+AUTONAT_MAX_ADDRS = 50
+"""Addresses in one request; go-libp2p sends and takes as many."""
+
+AUTONAT_MAX_DATA_BYTES = 4096
+"""In one message of data: the specification's."""
+
+AUTONAT_MIN_DIAL_DATA = 30_000
+AUTONAT_MAX_DIAL_DATA = 100_000
+"""Bytes that a client pays for a dial to another IP address than its own: the specification's bounds. A dial costs the
+other side some 5 kB."""
+
+AUTONAT_PER_MINUTE = 60
+"""Requests served in all: go-libp2p's."""
+
+AUTONAT_PEER_PER_MINUTE = 12
+"""For one peer: go-libp2p's. A client of ours asks about eight addresses."""
+
+AUTONAT_RANGE_PER_MINUTE = 24
+"""For all peers of one address range: peer ids are free."""
+
+AUTONAT_DATA_PER_MINUTE = 12
+"""Dials to other IP addresses than the client's: go-libp2p's."""
+
+AUTONAT_TRACKED = 1024
+"""Peers and ranges whose budget is remembered; when all of them are in use, others are refused."""
+
+AUTONAT_MAX_RUNNING = 16
+"""Requests served at once: each may hold a socket for 15 s."""
+
+AUTONAT_V1_MAX_DIALS = 4
+"""Addresses tried for one request of version 1."""
+
+AUTONAT_MAX_ASKED_ADDRS = 8
+"""Addresses of ours that we have others try: two families, two transports, two providers."""
+
 # -- local socket -------------------------------------------------------------------------------------------------
 LOCAL_FD_OVER = 128 << 10
 """Longer tails go as memory, not through the socket. Below it the system calls cost as much as the copies."""

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import fuzz_autonat
 import fuzz_corpus as corpus
 import fuzz_machines as machines
 import fuzz_nat as nat
@@ -44,8 +45,6 @@ from lattica_protocols.stun import Attribute, MessageType, StunMessage
 FURTHER_MODULES = ["lattica.rpc.status"]
 """Outside of `lattica_protocols`, with parsers that need no I/O."""
 
-DRIVERS = [*machines.DRIVERS, *fuzz_relay.DRIVERS]
-
 INSTANCES: dict[type, Callable[[bytes], Any]] = {
     Identify: lambda data: Identify(signed_peer_record=data),
     NoiseOpener: lambda data: NoiseOpener(bytes(32)),
@@ -54,7 +53,7 @@ INSTANCES: dict[type, Callable[[bytes], Any]] = {
 }
 """How to get an object whose methods parse; classes made from nothing or from bytes need no entry."""
 
-DRIVERS = [*machines.DRIVERS, *nat.DRIVERS]
+DRIVERS = [*machines.DRIVERS, *nat.DRIVERS, *fuzz_relay.DRIVERS, *fuzz_autonat.DRIVERS]
 
 LENGTHS = {"lattica_protocols.blobs.messages.decode_header_untrusted": messages.HEADER.size}
 """Functions that are documented to take exactly so many bytes."""
@@ -78,6 +77,7 @@ def _sealed() -> bytes:
 
 SEEDS: dict[str, Callable[[], list[tuple[bytes, ...]]]] = {
     "lattica_protocols.stun.decode_message_untrusted": lambda: [(message,) for message in nat.stun_messages()],
+    "lattica_protocols.autonat.messages.v1_addrs_untrusted": lambda: [(fuzz_autonat.v1_request(None),)],
     "lattica_protocols.nat.probe.decode_probe_untrusted": lambda: [
         (encode_probe(key, bytes(12)), key) for key in (bytes(32),)
     ],

@@ -23,12 +23,12 @@ def free_port() -> int:
 class RustPeer:
     """A running Rust peer. `do("get_all_peers")` calls the method of that name of its `Lattica` object."""
 
-    def __init__(self, process: Driven, port: int) -> None:
+    def __init__(self, process: Driven, port: int, ip: str = "127.0.0.1") -> None:
         self.do = process.do
         self.process = process.process
         self.peer_id = PeerId.parse(process.hello["peer_id"])
-        self.tcp = Multiaddr.parse(f"/ip4/127.0.0.1/tcp/{port}")
-        self.quic = Multiaddr.parse(f"/ip4/127.0.0.1/udp/{port}/quic-v1")
+        self.tcp = Multiaddr.parse(f"/ip4/{ip}/tcp/{port}")
+        self.quic = Multiaddr.parse(f"/ip4/{ip}/udp/{port}/quic-v1")
 
 
 @contextmanager
@@ -38,10 +38,13 @@ def running_rust_peer(
     bootstraps: Sequence[str] = (),
     protocol: str | None = None,
     transports: Sequence[str] = ("tcp", "quic"),
+    autonat: bool = False,
+    ip: str = "127.0.0.1",
 ) -> Iterator[RustPeer]:
     """Start a Rust peer on loopback and end it afterwards. `protocol` names its Kademlia; default `/lattica/1.0.0`."""
-    port = free_port()
-    known = {"tcp": f"/ip4/127.0.0.1/tcp/{port}", "quic": f"/ip4/127.0.0.1/udp/{port}/quic-v1"}
-    settings = {"listen": [known[t] for t in transports], "bootstraps": list(bootstraps), "protocol": protocol}
+    port = free_port() if ip == "127.0.0.1" else 4001
+    known = {"tcp": f"/ip4/{ip}/tcp/{port}", "quic": f"/ip4/{ip}/udp/{port}/quic-v1"}
+    listen = [known[t] for t in transports]
+    settings = {"listen": listen, "bootstraps": list(bootstraps), "protocol": protocol, "autonat": autonat}
     with driven(python, Path(__file__).with_name("rust_worker.py"), settings) as process:
-        yield RustPeer(process, port)
+        yield RustPeer(process, port, ip)

@@ -29,6 +29,8 @@ def build(settings):
         builder = builder.with_bootstraps(settings["bootstraps"])
     if settings.get("protocol") is not None:
         builder = builder.with_protocol(settings["protocol"])
+    if settings.get("autonat"):
+        builder = builder.with_autonat(True)
     return builder.build()
 
 

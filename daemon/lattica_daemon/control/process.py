@@ -37,7 +37,8 @@ class ProcessControl:
             "pid": os.getpid(),
             "home": str(daemon.home.path),
             "uptime_seconds": round(trio.current_time() - daemon.started_at, 3),
-            "reachability": "unknown",  # nobody outside was asked yet
+            "reachability": host.reachability,
+            "tried_addrs": {str(addr): verdict for addr, verdict in node.reach.verdicts().items()},
             "connections": len(connections),
             "connections_by_path": {path: by_path.get(path, 0) for path in ("tcp", "quic", "relay")},
             "peers": len(host.peers()),
