@@ -147,6 +147,29 @@ def test_nobody_to_ask_is_a_problem() -> None:
 RELAYED = link("relay", f"/ip4/9.9.9.1/tcp/443/p2p/{PEER}/p2p-circuit")
 
 
+
+def test_what_others_tried_counts_more_than_what_the_nat_looks_like() -> None:
+    public, closed = Multiaddr.parse("/ip4/1.2.3.4/tcp/4101"), Multiaddr.parse("/ip4/1.2.3.4/udp/4101/quic-v1")
+    reached = found(facts(HOME, verdicts={public: "public", closed: "private"}, reachability="public"))["reachable"]
+    assert reached.ok
+    assert "1.2.3.4:4101" in reached.detail
+    assert reached.evidence == (f"{public}: public", f"{closed}: private")
+    unknown = NatBehaviour()
+    refused = found(facts(unknown, verdicts={public: "private"}, reachability="private"))["reachable"]
+    assert refused.ok is False
+    assert refused.evidence == (f"{public}: private",)
+
+
+@pytest.mark.parametrize(("verdict", "ok"), [("public", True), ("private", False), ("unknown", None)])
+def test_ipv6_is_judged_by_those_who_tried_it(verdict: str, ok: bool | None) -> None:
+    ip, addr = ipaddress.ip_address("2a01:4f8::5"), Multiaddr.parse("/ip6/2a01:4f8::5/tcp/4101")
+    given_facts = replace(facts(HOME), own_ips=(ip,), listening=(addr,), verdicts={addr: verdict})
+    finding = machine.check_ipv6(given_facts)
+    assert finding is not None
+    assert finding.ok is ok
+    assert (ok is False) == ("could not connect" in finding.detail)
+
+
 def told(own: NatBehaviour, theirs: NatBehaviour | None, **more: object) -> dict[str, Finding]:
     about = PeerFacts(facts(own), PEER, links=(RELAYED,), theirs=theirs, **more)  # type: ignore[arg-type]
     return {f.check: f for check in peer.CHECKS if (f := check(about)) is not None}

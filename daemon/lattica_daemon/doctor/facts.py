@@ -16,6 +16,7 @@ from lattica_protocols.nat.behaviour import NatBehaviour
 
 if TYPE_CHECKING:
     from lattica.node import Node
+    from lattica_protocols.autonat.reach import Verdict
     from lattica_protocols.multiaddr import Multiaddr
     from lattica_protocols.stun import SocketAddr
 
@@ -68,6 +69,9 @@ class Facts:
     announced: tuple[Multiaddr, ...] = ()
     """What the user configured to be told to others."""
     links: tuple[Link, ...] = ()
+    verdicts: dict[Multiaddr, Verdict] = field(default_factory=dict)
+    """Of our addresses, as others tried them (AutoNAT)."""
+    reachability: Verdict = "unknown"
     relays_wanted: int = 0
     reservations: dict[str, list[str]] = field(default_factory=dict)
     relay_errors: dict[str, str] = field(default_factory=dict)
@@ -92,6 +96,8 @@ async def gather_facts(node: Node, *, fresh: bool = True) -> Facts:
         listening=tuple(addr for addr in node.host.listen_addrs() if not addr.is_circuit),
         announced=tuple(node.host.announce),
         links=tuple(Link(c.path, c.direction, c.remote_addr) for c in node.host.connections()),
+        verdicts=node.reach.verdicts(),
+        reachability=node.host.reachability,
         relays_wanted=node.relay_client.wanted,
         reservations={
             str(relay): [str(addr) for addr in addrs] for relay, addrs in node.relay_client.reservations().items()

@@ -150,9 +150,17 @@ def check_ipv6(facts: Facts) -> Finding | None:
         fix = "add /ip6/::/tcp/4101 and /ip6/::/udp/4101/quic-v1 to listen.addrs"
         return Finding("ipv6", False, "there is public IPv6, but nothing listens on it", fix, evidence)
     came = [str(a.remote) for a in facts.links if a.direction == "inbound" and _is_public_six(a)]
+    tried = {str(addr): verdict for addr, verdict in facts.verdicts.items() if addr.value("ip6") is not None}
+    reached = [addr for addr, verdict in tried.items() if verdict == "public"]
+    if reached:
+        detail = "peers tried, and connected to us over IPv6"
+        return Finding("ipv6", True, detail, evidence=(*evidence, f"at {reached[0]}"))
     if came:
         return Finding("ipv6", True, "peers connect to us over IPv6", evidence=(*evidence, f"from {came[0]}"))
     fix = f"open {facts.ports} for IPv6 in the router's firewall: most drop what comes in, as behind a NAT"
+    if "private" in tried.values():
+        detail = "there is public IPv6, but peers that tried could not connect over it"
+        return Finding("ipv6", False, detail, fix, (*evidence, *(f"{addr}: {value}" for addr, value in tried.items())))
     return Finding("ipv6", None, "there is public IPv6, but nobody has connected over it", fix, evidence)
 
 
@@ -187,14 +195,18 @@ def check_reachable(facts: Facts) -> Finding:
     came = [link for link in facts.links if link.direction == "inbound" and link.path != "relay"]
     outside = [link for link in came if (ip := link.remote.ip()) is not None and not is_private(str(ip))]
     known = facts.behaviour
+    tried = tuple(f"{addr}: {verdict}" for addr, verdict in facts.verdicts.items() if verdict != "unknown")
+    reached = [_place(addr) for addr, verdict in facts.verdicts.items() if verdict == "public"]
+    if facts.reachability == "public" and reached:
+        return Finding("reachable", True, f"peers tried, and connected to us at {reached[0]}", evidence=tried)
     if known.mapping is Mapping.NONE and known.filtering is Filtering.ENDPOINT_INDEPENDENT:
         return Finding("reachable", True, "anybody can connect to us", evidence=known.evidence)
     if known.filtering is Filtering.ENDPOINT_INDEPENDENT and known.mapped is not None:
         place = f"{known.mapped[0]}:{known.mapped[1]}"
         return Finding("reachable", True, f"anybody can connect to us at {place} (UDP)", evidence=known.evidence)
-    if known.udp_blocked or known.mapping is not Mapping.UNKNOWN:
+    if facts.reachability == "private" or known.udp_blocked or known.mapping is not Mapping.UNKNOWN:
         by = "through relays and hole punching" if facts.reservations else "only where we connect first"
-        return Finding("reachable", False, f"strangers cannot connect to us directly; {by}", _first_fix(facts))
+        return Finding("reachable", False, f"strangers cannot connect to us directly; {by}", _first_fix(facts), tried)
     if outside:
         return Finding("reachable", True, "somebody outside connected to us", evidence=(str(outside[0].remote),))
     return Finding("reachable", None, "whether others can connect to us is not known")
