@@ -136,6 +136,12 @@ class ListenSettings:
         _addresses("a list of multiaddrs without /p2p", _accept_anything),
         "addresses to tell other peers instead of those listened on, e.g. of a port forwarded by hand",
     )
+    port_mapping: str = _setting(
+        "on",
+        _choice("on", "off"),
+        "on asks the router (PCP, NAT-PMP, UPnP) to lead our ports to this machine where its own address is private; "
+        "the mappings end with the daemon",
+    )
 
 
 @dataclass(frozen=True)

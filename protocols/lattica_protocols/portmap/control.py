@@ -23,6 +23,7 @@ from lattica_protocols.portmap.mapping import (
     CHECK_SECONDS,
     LIFETIME,
     MAX_RETRY,
+    MIN_LIFETIME,
     MIN_RETRY,
     RETRY_SECONDS,
     HttpRequest,
@@ -92,11 +93,20 @@ class ControlClient:
         """End what is held."""
         self._now = now
         self._check_at = None
-        leases = self._leases.leases()
+        ports = dict.fromkeys([lease.port for lease in self._leases.leases()] + [p for p in self._waiting if p])
         self._leases.clear()
         self._waiting.clear()
-        for lease in leases:
-            self._ask(lease.port, self._codec.encode_map(lease.port, 0, None, 0), RELEASE_ATTEMPTS, deletes=True)
+        for port in ports:  # also what was asked for just now: it may be granted still
+            self._ask(port, self._codec.encode_map(port, 0, None, 0), RELEASE_ATTEMPTS, deletes=True)
+        self._update()
+
+    def abandon(self) -> None:
+        """Keep nothing mapped any more, without a word to the router: another protocol goes on."""
+        self._leases.clear()
+        self._waiting.clear()
+        self._check_at = None
+        if self.state == "probing":
+            self.state = "failed"
         self._update()
 
     @property
@@ -193,13 +203,15 @@ class ControlClient:
     def _mapped(self, reply: Reply) -> None:
         assert reply.port is not None
         ip = reply.external_ip or self.report.external_ip
-        if not reply.error and reply.lifetime and reply.external_port and ip not in (None, "0.0.0.0", "::"):
+        useful = reply.lifetime >= MIN_LIFETIME and reply.external_port and ip not in (None, "0.0.0.0", "::")
+        if not reply.error and useful:
             assert ip is not None
             self.report.external_ip, self.report.error = ip, ""
             self._leases.granted(reply.port, ip, reply.external_port, reply.lifetime, self._now)
             return
-        self.report.error = f"{reply.port}: {reply.error or 'the router agreed, but gave no port'}"
-        wait = min(max(float(reply.lifetime), MIN_RETRY), MAX_RETRY) if reply.error and reply.lifetime else RETRY_SECONDS
+        self.report.error = f"{reply.port}: {reply.error or _useless(reply, ip)}"
+        told = bool(reply.error and reply.lifetime)
+        wait = min(max(float(reply.lifetime), MIN_RETRY), MAX_RETRY) if told else RETRY_SECONDS
         self._leases.refused(reply.port, self._now, wait, ended=True)
 
     def _unanswered(self, port: Port | None) -> None:
@@ -223,3 +235,12 @@ class ControlClient:
         self.report.leases = self._leases.leases()
         if self._leases.all_refused:
             self.state = "failed"
+
+
+def _useless(reply: Reply, ip: str | None) -> str:
+    """What is wrong with a mapping that was granted."""
+    if not reply.external_port:
+        return "the router agreed, but named no port"
+    if reply.lifetime < MIN_LIFETIME:
+        return f"the router agreed, but for {reply.lifetime} s only"
+    return f"the router agreed, but has no address outside ({ip})"

@@ -89,7 +89,7 @@ class GatewayMapper:
     # -- the application --------------------------------------------------------------------------------------------
     def start(self, now: float) -> None:
         """Begin, or begin again."""
-        self.phase, self._choose_at, self._retry_at = "probing", None, None
+        self.phase, self._choose_at, self._retry_at, self._active = "probing", None, None, None
         for client in self._clients.values():
             client.probe(now)
         self._look(now)
@@ -100,6 +100,19 @@ class GatewayMapper:
         for client in self._clients.values():
             client.release(now)
         self._look(now)
+
+    def look(self, now: float) -> None:
+        """Something changed around us: see whether the router still has our mappings, or whether it answers now."""
+        if self.phase == "mapped" and self._active is not None:
+            self._active.check(now)
+        elif self.phase == "waiting":
+            self.start(now)
+        self._look(now)
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether the router in use granted nothing so far and refused something."""
+        return self._active is not None and not self.leases() and bool(self._active.report.error)
 
     @property
     def is_released(self) -> bool:
@@ -132,11 +145,7 @@ class GatewayMapper:
         if not _is_announcement(data):
             return
         self._announced_at = now
-        if self.phase == "mapped" and self._active is not None:
-            self._active.check(now)  # what the router answers counts, not what somebody sends to everybody
-        elif self.phase == "waiting":
-            self.start(now)
-        self._look(now)
+        self.look(now)  # what the router answers counts, not what somebody sends to everybody
 
     def receive_response(self, number: int, data: bytes, now: float) -> None:
         """See `IgdClient`."""
@@ -194,6 +203,9 @@ class GatewayMapper:
                     self._choose_at = now + GRACE
                 if not better_may_come or (self._choose_at is not None and self._choose_at <= now):
                     self.phase, self._active, self._choose_at = "mapped", client, None
+                    for other in self._clients.values():
+                        if other is not client and other.leases():
+                            other.abandon()
                     client.map(self._ports, now)
                 return
         if all(client.state == "failed" for client in self._clients.values()):

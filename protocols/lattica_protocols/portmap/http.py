@@ -13,6 +13,9 @@ from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.limits import UPNP_MAX_DOCUMENT_BYTES, UPNP_MAX_HEAD_BYTES, UPNP_MAX_HEADERS
 
 AGENT = "lattica UPnP/1.1"
+_MARKS = (b"\r\n\r\n", b"\n\n")
+"""The end of a head."""
+_LAST_CHUNKS = (b"\n0\r\n\r\n", b"\n0\n\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +25,49 @@ class HttpResponse:
     status: int
     headers: Mapping[str, str]
     body: bytes
+
+
+class ResponseReader:
+    """Collects one answer as it comes in, and knows when all of it is there: not every router closes the connection.
+
+    Each piece is looked at once, however small the pieces are.
+    """
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+        """What came so far."""
+        self.is_complete = False
+        self._body_at: int | None = None
+        self._length: int | None = None
+        self._chunked = False
+
+    def receive_untrusted(self, piece: bytes) -> bool:
+        """Whether all of the answer has come."""
+        searched = max(0, len(self.data) - len(_MARKS[0]))
+        self.data += piece
+        if len(self.data) > UPNP_MAX_HEAD_BYTES + UPNP_MAX_DOCUMENT_BYTES:
+            raise RemoteProtocolError(f"an HTTP answer over {UPNP_MAX_DOCUMENT_BYTES} bytes")
+        if self._body_at is None:
+            self._find_head_untrusted(searched)
+        if self._body_at is not None:
+            if self._length is not None:
+                self.is_complete = len(self.data) >= self._body_at + self._length
+            else:
+                self.is_complete = self._chunked and self.data.endswith(_LAST_CHUNKS)
+        return self.is_complete
+
+    def _find_head_untrusted(self, searched: int) -> None:
+        ends = [(at, len(mark)) for mark in _MARKS if (at := self.data.find(mark, searched)) >= 0]
+        if not ends:
+            if len(self.data) > UPNP_MAX_HEAD_BYTES:
+                raise RemoteProtocolError(f"an HTTP head over {UPNP_MAX_HEAD_BYTES} bytes")
+            return
+        at, mark_length = min(ends)
+        _, headers = decode_head_untrusted(bytes(self.data[:at]))
+        self._body_at = at + mark_length
+        self._chunked = headers.get("transfer-encoding", "").lower() == "chunked"
+        if not self._chunked and "content-length" in headers:
+            self._length = _number_untrusted(headers["content-length"], 10)
 
 
 def encode_get(host: str, port: int, path: str) -> bytes:
@@ -95,7 +141,7 @@ def decode_response_untrusted(data: bytes, *, closed: bool) -> HttpResponse | No
 
 
 def _split_head(data: bytes) -> tuple[bytes | None, bytes]:
-    ends = [(at, len(mark)) for mark in (b"\r\n\r\n", b"\n\n") if (at := data.find(mark)) >= 0]
+    ends = [(at, len(mark)) for mark in _MARKS if (at := data.find(mark)) >= 0]
     if not ends:
         return None, b""
     at, length = min(ends)
@@ -105,17 +151,21 @@ def _split_head(data: bytes) -> tuple[bytes | None, bytes]:
 def _unchunk_untrusted(data: bytes) -> bytes | None:
     """The body of a chunked answer; `None` when its end has not come."""
     out = bytearray()
+    at = 0
     while True:
-        line, newline, data = data.partition(b"\n")
-        if not newline:
+        end = data.find(b"\n", at)
+        if end < 0:
             return None
-        size = _number_untrusted(line.partition(b";")[0].strip().decode("latin-1"), 16)
+        size = _number_untrusted(data[at:end].partition(b";")[0].strip().decode("latin-1"), 16)
+        at = end + 1
         if not size:
             return bytes(out)
-        if len(data) < size:
+        if len(data) < at + size:
             return None
-        out += data[:size]
-        data = data[size:].removeprefix(b"\r").removeprefix(b"\n")
+        out += data[at : at + size]
+        at += size
+        at += data[at : at + 1] == b"\r"
+        at += data[at : at + 1] == b"\n"
 
 
 def _number_untrusted(text: str, base: int) -> int:

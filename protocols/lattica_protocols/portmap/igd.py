@@ -4,7 +4,7 @@ The description is an XML tree of devices; somewhere in it stand services of the
 which calls are posted:
 
     POST controlURL        SOAPAction: "TYPE#Action"
-    <s:Envelope><s:Body><u:Action xmlns:u="TYPE"><NewExternalPort>4101</NewExternalPort>…</u:Action></s:Body></s:Envelope>
+    <s:Envelope><s:Body><u:Action xmlns:u="TYPE"><NewExternalPort>4101</NewExternalPort>…</u:Action></s:Body>…
 
     200  <u:ActionResponse> with its values          500  <UPnPError><errorCode>718</errorCode>…
 """

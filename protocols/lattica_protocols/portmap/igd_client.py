@@ -3,7 +3,7 @@
     search (SSDP) -> description (HTTP) -> GetExternalIPAddress of each WAN service until one has an address -> ready
     per port: AddPortMapping
         718, 729 conflict    AddAnyPortMapping (version 2), else another external port
-        725                  again with a permanent lease, which is renewed all the same and deleted at the end
+        725, 402             again with a permanent lease, which is renewed all the same and deleted at the end
     every minute: GetSpecificPortMappingEntry; 714, or somebody else's: asked for again
 
 One call at a time: cheap routers serve no more. Nothing is asked but the router's own address.
@@ -68,10 +68,12 @@ class IgdClient:
         self._rng = rng
         self._lifetime = int(lifetime)
         self._permanent = False
+        self._releasing = False
         self._leases = LeaseTable("upnp")
         self._locations: dict[Url, None] = {}
         self._services: deque[igd.Service] = deque()
         self._service: igd.Service | None = None
+        self._is_trying = False
         self._calls: deque[_Call] = deque()
         self._running: _Call | None = None
         self._count = 0
@@ -86,9 +88,10 @@ class IgdClient:
         """Find the router's WAN service."""
         self._now = now
         self.state, self.report.tried, self.report.error = "probing", True, ""
+        self._releasing = False
         self._locations.clear()
         self._services.clear()
-        self._service = None
+        self._is_trying = False
         self._calls.clear()
         self._searches_left = SEARCHES
         self._search_at, self._search_ends = now, now + SEARCH_SECONDS
@@ -104,8 +107,18 @@ class IgdClient:
     def check(self, now: float) -> None:
         """Look now whether the router still has our mappings."""
         self._now = now
+        self._call("GetExternalIPAddress", [], self._looked, lambda why: None)
         for lease in self._leases.leases():
             self._check(lease)
+
+    def abandon(self) -> None:
+        """Keep nothing mapped any more, without a word to the router: another protocol goes on."""
+        self._leases.clear()
+        self._calls.clear()
+        self._check_at = self._search_at = self._search_ends = float("inf")
+        if self.state == "probing":
+            self.state = "failed"
+        self._update()
 
     def release(self, now: float) -> None:
         """End what is held."""
@@ -113,11 +126,10 @@ class IgdClient:
         leases = self._leases.leases()
         self._leases.clear()
         self._calls.clear()
+        self._releasing = True
         self._search_at = self._search_ends = self._check_at = float("inf")
         for lease in leases:
-            self._call(
-                "DeletePortMapping", igd.naming(lease.port, lease.external_port), lambda answer: None, lambda why: None
-            )
+            self._delete(lease.port, lease.external_port)
         self._update()
 
     def leases(self) -> tuple[Lease, ...]:
@@ -207,12 +219,17 @@ class IgdClient:
                 self._datagrams += [Outgoing("upnp", target, data) for data in encode_searches(*target)]
 
     def _described(self, services: list[igd.Service]) -> None:
-        self._services = deque(services)
-        self._try_service("the router's description names no service")
+        if self.state != "probing":
+            return
+        self._services.extend(services)
+        if not self._is_trying:
+            self._try_service("the router's description names no service")
 
     def _try_service(self, why: str) -> None:
         """Ask the next service for its address; some routers describe one that is not in use."""
+        self._is_trying = bool(self._services)
         if not self._services:
+            self._service = None
             self._gave_up(why)
             return
         self._service = self._services.popleft()
@@ -226,11 +243,14 @@ class IgdClient:
         if ip is None:
             self._try_service("the router has no address outside: it has no connection, or stands behind another NAT")
             return
-        if self.report.external_ip not in (None, ip):
-            self._leases.moved(ip)
-        self.report.external_ip = ip
+        self._is_at(ip)
         if self.state == "probing":
             self.state = "ready"
+
+    def _is_at(self, external_ip: str) -> None:
+        if self.report.external_ip not in (None, external_ip):
+            self._leases.moved(external_ip)
+        self.report.external_ip = external_ip
 
     def _gave_up(self, why: str) -> None:
         if self.state == "probing" and not self._calls:
@@ -252,7 +272,7 @@ class IgdClient:
                 self._granted(port, external, lifetime)
             elif attempts <= 1:
                 self._refused(port, str(answer))
-            elif answer.code == igd.ONLY_PERMANENT and not self._permanent:
+            elif answer.code in (igd.ONLY_PERMANENT, igd.INVALID_ARGUMENTS) and not self._permanent:
                 self._permanent = True
                 self._add(port, external, attempts - 1)
             elif answer.code in (igd.CONFLICT, igd.CONFLICT_ELSEWHERE):
@@ -282,12 +302,23 @@ class IgdClient:
 
     def _granted(self, port: Port, external: int, lifetime: int) -> None:
         assert self.report.external_ip is not None
+        if self._releasing:  # asked for before
+            self._delete(port, external)
+            return
         self.report.error = ""
         self._leases.granted(port, self.report.external_ip, external, lifetime or float("inf"), self._now)
+
+    def _delete(self, port: Port, external: int) -> None:
+        self._call("DeletePortMapping", igd.naming(port, external), lambda answer: None, lambda why: None)
 
     def _refused(self, port: Port, why: str) -> None:
         self.report.error = f"{port}: {why}"
         self._leases.refused(port, self._now)
+
+    def _looked(self, answer: Mapping[str, str] | igd.Fault) -> None:
+        ip = None if isinstance(answer, igd.Fault) else igd.external_ip_untrusted(answer)
+        if ip is not None:
+            self._is_at(ip)
 
     def _check(self, lease: Lease) -> None:
         def answered(answer: Mapping[str, str] | igd.Fault) -> None:
@@ -308,7 +339,9 @@ class IgdClient:
     def _call(
         self, action: str, arguments: list[tuple[str, str]], then: Then, failed: Callable[[str], None]
     ) -> None:
-        assert self._service is not None
+        if self._service is None:
+            failed("the router's service is not known any more")
+            return
         request = self._http(self._service.control, igd.encode_call(self._service, action, arguments))
         self._queue(_Call(action, request, then, failed))
 

@@ -14,6 +14,8 @@ MAX_LIFETIME: Final = 86400.0
 """Believed of what a router grants: one that says more is asked again after half a day all the same."""
 MIN_RENEWAL: Final = 4.0
 """At least so many seconds between two renewals, whatever a router grants: RFC 6887, section 11.2.1."""
+MIN_LIFETIME: Final = 2 * MIN_RENEWAL
+"""A mapping for less could not be kept: it counts as refused."""
 CHECK_SECONDS: Final = 60.0
 """Between two looks whether the router still knows our mappings: it may have been restarted without telling."""
 RETRY_SECONDS: Final = 300.0
@@ -48,7 +50,8 @@ class Lease:
 
     @property
     def expires_at(self) -> float:
-        return self.granted_at + self.lifetime
+        """An infinite one is believed for as long as the longest: the router may be gone."""
+        return self.granted_at + min(self.lifetime, MAX_LIFETIME)
 
 
 @dataclass(slots=True)
