@@ -60,9 +60,10 @@ class MapperRun:
                 log.warning("portmap_socket_missing error=%s", error)
             finally:
                 self.released.set()
-                for sock in (*self._sockets.values(), announcements):
-                    if sock is not None:
-                        sock.close()
+                for sock in self._sockets.values():
+                    sock.close()
+                if announcements is not None:
+                    announcements.close()
 
     def network_checked(self) -> None:
         """Something changed, but not the router: look whether it still has our mappings."""

@@ -126,7 +126,7 @@ class ControlClient:
         try:
             reply = self._codec.decode_untrusted(data)
         except RemoteProtocolError as error:
-            self.report.ignore(str(error))
+            self.report.garble(str(error))
             return
         if reply.unsupported:
             self._is_unsupported(reply)

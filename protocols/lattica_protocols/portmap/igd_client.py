@@ -145,7 +145,7 @@ class IgdClient:
         try:
             location = decode_answer_untrusted(data, self._gateway)
         except RemoteProtocolError as error:
-            self.report.ignore(str(error))
+            self.report.garble(str(error))
             return
         self.report.answered = True
         if self.state != "probing" or location in self._locations or len(self._locations) >= UPNP_MAX_LOCATIONS:
@@ -170,7 +170,7 @@ class IgdClient:
             else:
                 self._described(igd.decode_description_untrusted(response.body, _url(call.request)))
         except RemoteProtocolError as error:
-            self.report.ignore(str(error))
+            self.report.garble(str(error))
             call.failed(str(error))
         self._ask_due()
         self._update()

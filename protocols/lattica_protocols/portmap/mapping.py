@@ -66,16 +66,29 @@ class ProtocolReport:
     external_ip: str | None = None
     """What the router says its address outside is."""
     ignored: int = 0
-    """Answers that came from somebody else, or answered nothing we had asked, or made no sense."""
+    """Answers that came from somebody else, or answered nothing we had asked."""
     last_ignored: str = ""
+    garbled: int = 0
+    """Answers of the router that made no sense."""
+    last_garbled: str = ""
     restarts: int = 0
     """How often the router had forgotten what it granted."""
     leases: tuple[Lease, ...] = field(default=())
 
+    @property
+    def is_garbled(self) -> bool:
+        """Whether it is for such answers that nothing is mapped."""
+        return self.garbled > 0 and (not self.answered or self.last_garbled in self.error)
+
     def ignore(self, why: str) -> None:
-        """Something was received that is of no use."""
+        """Something was received that is not for us."""
         self.ignored += 1
         self.last_ignored = why
+
+    def garble(self, why: str) -> None:
+        """Something was received from the router that is of no use."""
+        self.garbled += 1
+        self.last_garbled = why
 
 
 @dataclass(frozen=True, slots=True)
