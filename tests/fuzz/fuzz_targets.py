@@ -22,6 +22,7 @@ import fuzz_autonat
 import fuzz_corpus as corpus
 import fuzz_machines as machines
 import fuzz_nat as nat
+import fuzz_portmap
 import fuzz_relay
 from cryptography import x509
 from fuzz_mutation import mutate
@@ -53,7 +54,7 @@ INSTANCES: dict[type, Callable[[bytes], Any]] = {
 }
 """How to get an object whose methods parse; classes made from nothing or from bytes need no entry."""
 
-DRIVERS = [*machines.DRIVERS, *nat.DRIVERS, *fuzz_relay.DRIVERS, *fuzz_autonat.DRIVERS]
+DRIVERS = [*machines.DRIVERS, *nat.DRIVERS, *fuzz_relay.DRIVERS, *fuzz_autonat.DRIVERS, *fuzz_portmap.DRIVERS]
 
 LENGTHS = {"lattica_protocols.blobs.messages.decode_header_untrusted": messages.HEADER.size}
 """Functions that are documented to take exactly so many bytes."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from lab_daemons import LabDaemon, wait_until
-from router_lab import DENY, Router, miniupnpd_missing
+from router_lab import Router, miniupnpd_missing
 from spread_lab import GlobalLab
 
 MAPPED_SECONDS = 2.0

@@ -138,6 +138,8 @@ class ControlClient:
             return
         self.report.answered = True
         if waiting.deletes:
+            if reply.lifetime and not reply.error:
+                self._waiting[key] = waiting  # the answer to what we had asked for before
             return
         if reply.epoch is not None and self._epoch.restarted(reply.epoch, now):
             self.report.restarts += 1

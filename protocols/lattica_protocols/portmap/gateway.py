@@ -3,7 +3,7 @@
     PROBING   each protocol finds out whether the router speaks it; nothing is mapped
        | the first answers: `GRACE` seconds for a better one (PCP, then NAT-PMP, then UPnP), then map with it
     MAPPED    renewed at half of the lifetime, looked after every minute
-       | it refuses every port, or falls silent: the next that answered, else PROBING
+       | it refuses every port, or falls silent: the next that answers, else WAITING
     WAITING   nobody mapped anything: again after `RETRY_SECONDS`, or when the router announces itself
 
 All three mostly are one table in the router, so mapping the same port by two of them would have each end the other's.
@@ -190,8 +190,9 @@ class GatewayMapper:
     def _failed_over(self, now: float) -> None:
         """The protocol in use refused all, or is silent: another one that answered, else all over again."""
         lost, self._active = self._active, None
-        if any(client.state == "ready" for client in self._clients.values() if client is not lost):
-            self.phase, self._choose_at = "probing", now
+        others = [client for client in self._clients.values() if client is not lost]
+        if any(client.state in ("ready", "probing") for client in others):
+            self.phase = "probing"
         else:
             self.phase, self._retry_at = "waiting", now + RETRY_SECONDS
 
@@ -208,6 +209,7 @@ class GatewayMapper:
                             other.abandon()
                     client.map(self._ports, now)
                 return
+        self._choose_at = None
         if all(client.state == "failed" for client in self._clients.values()):
             self.phase, self._retry_at = "waiting", now + RETRY_SECONDS
 
