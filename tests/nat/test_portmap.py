@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from lab_daemons import LabDaemon, wait_until
-from router_lab import Router, miniupnpd_missing
+from router_lab import DENY, Router, miniupnpd_missing
 from spread_lab import GlobalLab
 
 MAPPED_SECONDS = 2.0
@@ -115,3 +115,63 @@ def test_ports_are_mapped_used_and_given_back(world: World, speaks: str) -> None
     end(daemon)
     assert not router.mapped(), router.ruleset()
     assert "4101" not in router.ruleset()
+
+
+def test_a_router_that_was_restarted_maps_again(world: World) -> None:
+    """It forgets everything and says so; the daemon does not wait for the next renewal."""
+    router = world.router()
+    daemon = world.daemon(router, "restarted")
+    wait_until(lambda: router.mapped() == both(daemon), 10.0, daemon.process.log)
+    router.restart()
+    assert not router.mapped()
+    seconds = wait_until(lambda: router.mapped() == both(daemon), 75.0, lambda: daemon.process.log() + router.log())
+    print(f"mapped again {seconds:.1f} s after the router's restart")  # noqa: T201
+    end(daemon)
+    assert not router.mapped()
+
+
+def test_a_router_that_refuses_is_named(world: World) -> None:
+    router = world.router(rules=DENY)
+    daemon = world.daemon(router, "refused")
+    wait_until(lambda: doctor(daemon)["ok"] is False, 15.0, lambda: str(doctor(daemon)))
+    found = doctor(daemon)
+    assert "the router maps no port" in found["detail"]
+    assert mapping(daemon) is None
+    end(daemon)
+
+
+def test_behind_two_nats_the_second_is_named(world: World) -> None:
+    """miniupnpd knows that its own address is a carrier's, and refuses."""
+    carrier = world.lab.box("apdf")
+    router = Router(world.lab.box("apdf", carrier), world.folder)
+    daemon = world.daemon(router, "double")
+    try:
+        wait_until(lambda: doctor(daemon)["ok"] is False, 15.0, lambda: str(doctor(daemon)))
+        assert "another NAT" in doctor(daemon)["detail"]
+        assert "another NAT" in daemon.json("nat")["port_mapping_detail"]
+    finally:
+        router.stop()
+    end(daemon)
+
+
+def test_switched_off_nothing_is_asked(world: World) -> None:
+    router = world.router()
+    daemon = world.daemon(router, "off", settings=QUIET)
+    wait_until(lambda: daemon.json("peers"), 10.0, daemon.process.log)
+    assert "off in the settings" in daemon.json("nat")["port_mapping_detail"]
+    assert not router.mapped()
+    assert daemon.host.address not in router.log(), "not even asked"
+    end(daemon)
+
+
+def test_another_network_another_router(world: World) -> None:
+    """The computer is carried from one home to the other."""
+    old, new = world.router(), world.router()
+    daemon = world.daemon(old, "carried")
+    wait_until(lambda: old.mapped() == both(daemon), 10.0, daemon.process.log)
+    daemon.host.netns.ip("link del eth0")
+    daemon.host.address = new.box.plug(daemon.host.netns, "eth0")
+    seconds = wait_until(lambda: new.mapped() == both(daemon), 10.0, lambda: daemon.process.log() + new.log())
+    print(f"mapped {seconds:.1f} s after the move")  # noqa: T201
+    end(daemon)
+    assert not new.mapped()
