@@ -133,7 +133,7 @@ def test_a_router_that_was_restarted_maps_again(world: World) -> None:
 def test_a_router_that_refuses_is_named(world: World) -> None:
     router = world.router(rules=DENY)
     daemon = world.daemon(router, "refused")
-    wait_until(lambda: doctor(daemon)["ok"] is False, 15.0, lambda: str(doctor(daemon)))
+    wait_until(lambda: doctor(daemon)["ok"] is False, 15.0, lambda: str(doctor(daemon)) + router.log())
     found = doctor(daemon)
     assert "the router maps no port" in found["detail"]
     assert mapping(daemon) is None
@@ -146,7 +146,7 @@ def test_behind_two_nats_the_second_is_named(world: World) -> None:
     router = Router(world.lab.box("apdf", carrier), world.folder)
     daemon = world.daemon(router, "double")
     try:
-        wait_until(lambda: doctor(daemon)["ok"] is False, 15.0, lambda: str(doctor(daemon)))
+        wait_until(lambda: doctor(daemon)["ok"] is False, 15.0, lambda: str(doctor(daemon)) + router.log())
         assert "another NAT" in doctor(daemon)["detail"]
         assert "another NAT" in daemon.json("nat")["port_mapping_detail"]
     finally:

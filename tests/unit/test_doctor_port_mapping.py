@@ -23,7 +23,7 @@ def finding(status: PortMapStatus, **more: object) -> Finding:
     found = check_port_mapping(Facts(port_mapping=status, **more))  # type: ignore[arg-type]
     assert found is not None
     assert found.check == "port-mapping"
-    assert found.ok or found.fix
+    assert found.ok is not False or found.fix
     return found
 
 
