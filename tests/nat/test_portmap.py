@@ -131,7 +131,7 @@ def test_a_router_that_was_restarted_maps_again(world: World) -> None:
 
 
 def test_a_router_that_refuses_is_named(world: World) -> None:
-    router = world.router(rules=DENY)
+    router = world.router("upnp", rules=DENY)  # asked by PCP, this miniupnpd tries 65,535 ports before it refuses
     daemon = world.daemon(router, "refused")
     wait_until(lambda: doctor(daemon)["ok"] is False, 15.0, lambda: str(doctor(daemon)) + router.log())
     found = doctor(daemon)
