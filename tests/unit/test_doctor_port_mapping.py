@@ -8,11 +8,13 @@ from lattica.portmap import PortMapStatus
 from lattica.portmap.route import parse_routes
 from lattica_daemon.doctor.facts import Facts, Finding
 from lattica_daemon.doctor.port_mapping import check_port_mapping, mapping_to_plain
+from lattica_protocols.autonat.reach import Verdict
+from lattica_protocols.multiaddr import Multiaddr
 from lattica_protocols.nat.behaviour import NatBehaviour
 from lattica_protocols.portmap.mapping import Lease, Port, ProtocolReport
 
 PORT = Port("tcp", 4101)
-ADDR = "/ip4/45.1.2.3/tcp/4101"
+ADDR = Multiaddr.parse("/ip4/45.1.2.3/tcp/4101")
 
 
 def report(**more: object) -> ProtocolReport:
@@ -68,14 +70,14 @@ def test_nothing_is_mapped(status: PortMapStatus, ok: bool | None, word: str) ->
         ("100.64.0.2", "unknown", "45.1.2.3", False, "double NAT"),
     ],
 )
-def test_something_is_mapped(outside: str, verdict: str, seen: str, ok: bool | None, word: str) -> None:
+def test_something_is_mapped(outside: str, verdict: Verdict, seen: str, ok: bool | None, word: str) -> None:
     found = finding(mapped(outside), verdicts={ADDR: verdict}, behaviour=NatBehaviour(seen=((seen, 4101),)))
     assert found.ok is ok
     assert word in found.detail
     assert any(f"{outside}:4101" in line for line in found.evidence)
     plain = mapping_to_plain(mapped(outside), {ADDR: verdict})
     assert plain is not None
-    assert plain["ports"][0]["addr"] == (ADDR if outside == "45.1.2.3" else None)
+    assert plain["ports"][0]["addr"] == (str(ADDR) if outside == "45.1.2.3" else None)
 
 
 def test_no_need_is_no_finding() -> None:
