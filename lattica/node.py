@@ -29,6 +29,7 @@ from lattica.identity_file import load_or_create_key
 from lattica.interfaces import Transport
 from lattica.kad import KadService
 from lattica.listen_addrs import interface_ips
+from lattica.mdns import MdnsService
 from lattica.nat import NatService
 from lattica.nat.watch import NatWatch
 from lattica.peerstore import PERMANENT, PeerInfo
@@ -99,6 +100,8 @@ class NodeConfig:
     """Hold reservations at relays, so that others reach us through them; auto: when nobody reaches us otherwise."""
     relays: Sequence[str] = ()
     """Relays to ask first, each with `/p2p/PEER_ID`; others are found through connected peers and the DHT."""
+    mdns: bool = True
+    """Find peers in the local network, and be found (libp2p's mDNS); not where only loopback is listened on."""
     port_mapping: bool = True
     """Have the router lead ports to us (PCP, NAT-PMP, UPnP) where our own address is a private one."""
     punch: bool = True
@@ -120,6 +123,7 @@ class Node:
         self.identify = IdentifyService(host, protocol_version=config.protocol_version)
         self.observed = ObservedAddresses(host)
         self.port_map = PortMapService(host, enabled=config.port_mapping)
+        self.mdns = MdnsService(host) if config.mdns else None
         self.reach = ReachService(host)
         self.interfaces = InterfaceWatch(self._interfaces_changed)
         self.dial_server = DialServer(host) if config.autonat_serve else None
@@ -220,6 +224,8 @@ class Node:
         if self.nat_watch is not None:
             self.nat_watch.network_changed()
         self.port_map.network_changed()
+        if self.mdns is not None:
+            self.mdns.network_changed()
         self.host.addrs_changed()
         self.host.nursery.start_soon(self.identify.ask_again)
         self.host.nursery.start_soon(self._drop_stranded)
@@ -236,6 +242,10 @@ class Node:
     async def _map_ports(self) -> None:
         await self.listening.wait()
         await self.port_map.run()
+
+    async def _find_neighbours(self, mdns: MdnsService) -> None:
+        await self.listening.wait()
+        await mdns.run()
 
     async def _serve_as_relay(self) -> None:
         self.relay_server.start()
@@ -260,6 +270,8 @@ class Node:
             nursery.start_soon(self.reach.run)
             nursery.start_soon(self.interfaces.run)
             nursery.start_soon(self._map_ports)
+            if self.mdns is not None:
+                nursery.start_soon(self._find_neighbours, self.mdns)
             nursery.start_soon(self.kad.run)
             nursery.start_soon(self.blobs.run)
             if self.config.punch:

@@ -163,6 +163,11 @@ class DiscoverySettings:
         _text("a protocol id that starts with /", _accept_protocol),
         "protocol id of the Kademlia network to take part in",
     )
+    mdns: str = _setting(
+        "on",
+        _choice("on", "off"),
+        "on finds peers in the local network, and is found by them, without any bootstrap peer (multicast DNS)",
+    )
 
 
 @dataclass(frozen=True)

@@ -472,6 +472,25 @@ UPNP_MAX_SERVICES = 4
 UPNP_MAX_LOCATIONS = 2
 """Descriptions of one router that are read: some run two UPnP servers."""
 
+# -- mDNS ----------------------------------------------------------------------------------------------------------
+MDNS_MAX_PACKET_BYTES = 9000
+"""RFC 6762, section 17."""
+
+MDNS_MAX_RECORDS = 64
+"""In one packet: an answer about one peer has two, printers and televisions send some dozens."""
+
+MDNS_MAX_TEXTS = 64
+"""In one TXT record: an address each."""
+
+MDNS_MAX_NAME_BYTES = 255
+"""RFC 1035, section 2.3.4."""
+
+MDNS_MAX_ADDRS = 16
+"""Of one peer."""
+
+MDNS_MAX_PEERS = 64
+"""Peers in this network that are told of within a minute: who floods us with names has us dial no more than these."""
+
 # -- local socket -------------------------------------------------------------------------------------------------
 LOCAL_FD_OVER = 128 << 10
 """Longer tails go as memory, not through the socket. Below it the system calls cost as much as the copies."""
