@@ -1,6 +1,6 @@
 """Multicast DNS on the interfaces of this machine: neighbours are connected with as soon as they are heard of.
 
-What anybody in the network says is believed only as far as it leads to an address in a network that we are in ourselves,
+What anybody in the network says counts as far as it leads to an address in a network that we are in ourselves,
 and the handshake proves who is there; so a liar can have us dial its own neighbours, a bounded number of times.
 """
 

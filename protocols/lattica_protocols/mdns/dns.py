@@ -3,7 +3,7 @@
     header    id:16 | flags:16 (0x8400 in answers) | counts of questions, answers, authorities, additionals: 16 each
     question  name | type:16 | class:16
     record    name | type:16 | class:16 | TTL:32 | length:16 | data
-    name      labels (length:8 and so many bytes) until one of length 0, or a pointer (11, offset:14) to an earlier place
+    name      labels (length:8 and so many bytes) until one of length 0, or a pointer (11, offset:14) to an earlier one
 
 A codec of our own because the libraries do not fit: zeroconf runs on asyncio in a thread of its own, resolves only
 services with an SRV record (libp2p's specification has none), and keeps one TXT value of each key, where libp2p repeats
