@@ -84,10 +84,11 @@ class ControlClient:
         self._check_at = now + CHECK_SECONDS
         self._ask_due()
 
-    def check(self, now: float) -> None:
-        """Look now whether the router was restarted."""
+    def renew(self, now: float) -> None:
+        """Ask for all mappings again: the router may have been restarted, within seconds its clock does not show it."""
         self._now = now
-        self._ask(None, self._codec.encode_check())
+        self._leases.restarted(now)
+        self._ask_due()
 
     def release(self, now: float) -> None:
         """End what is held."""

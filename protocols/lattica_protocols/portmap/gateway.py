@@ -104,7 +104,7 @@ class GatewayMapper:
     def look(self, now: float) -> None:
         """Something changed around us: see whether the router still has our mappings, or whether it answers now."""
         if self.phase == "mapped" and self._active is not None:
-            self._active.check(now)
+            self._active.renew(now)
         elif self.phase == "waiting":
             self.start(now)
         self._look(now)

@@ -104,7 +104,7 @@ class IgdClient:
         self._check_at = now + CHECK_SECONDS
         self._ask_due()
 
-    def check(self, now: float) -> None:
+    def renew(self, now: float) -> None:
         """Look now whether the router still has our mappings."""
         self._now = now
         self._call("GetExternalIPAddress", [], self._looked, lambda why: None)
@@ -193,7 +193,7 @@ class IgdClient:
         self._ask_due()
         if self._check_at <= now:
             self._check_at = now + CHECK_SECONDS
-            self.check(now)
+            self.renew(now)
 
     def next_timeout(self) -> float | None:
         due = min(self._search_at, self._search_ends, self._check_at, self._leases.next_timeout() or float("inf"))
