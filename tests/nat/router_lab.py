@@ -96,6 +96,7 @@ class Router:
         """As after a power cut: nothing is remembered."""
         self.stop()
         self.box.netns.nft("flush chain inet miniupnpd prerouting_miniupnpd; flush chain inet miniupnpd miniupnpd")
+        assert not self.mapped()
         self.start()
 
     def mapped(self) -> set[tuple[str, str]]:

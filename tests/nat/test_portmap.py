@@ -123,7 +123,6 @@ def test_a_router_that_was_restarted_maps_again(world: World) -> None:
     daemon = world.daemon(router, "restarted")
     wait_until(lambda: router.mapped() == both(daemon), 10.0, daemon.process.log)
     router.restart()
-    assert not router.mapped()
     seconds = wait_until(lambda: router.mapped() == both(daemon), 75.0, lambda: daemon.process.log() + router.log())
     print(f"mapped again {seconds:.1f} s after the router's restart")  # noqa: T201
     end(daemon)
