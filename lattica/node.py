@@ -29,10 +29,12 @@ from lattica.identity_file import load_or_create_key
 from lattica.interfaces import Transport
 from lattica.kad import KadService
 from lattica.listen_addrs import interface_ips
+from lattica.mdns import MdnsService
 from lattica.nat import NatService
 from lattica.nat.watch import NatWatch
 from lattica.peerstore import PERMANENT, PeerInfo
 from lattica.ping import PingService
+from lattica.portmap import PortMapService
 from lattica.punch import HolePuncher
 from lattica.reach import DialServer, InterfaceWatch, ObservedAddresses, ReachService
 from lattica.relay import RelayClient, RelayServer
@@ -98,6 +100,10 @@ class NodeConfig:
     """Hold reservations at relays, so that others reach us through them; auto: when nobody reaches us otherwise."""
     relays: Sequence[str] = ()
     """Relays to ask first, each with `/p2p/PEER_ID`; others are found through connected peers and the DHT."""
+    mdns: bool = True
+    """Find peers in the local network, and be found (libp2p's mDNS); not where only loopback is listened on."""
+    port_mapping: bool = True
+    """Have the router lead ports to us (PCP, NAT-PMP, UPnP) where our own address is a private one."""
     punch: bool = True
     """Look for direct connections with peers that are connected over a relay."""
     settings: dict[str, object] = field(default_factory=dict)
@@ -116,6 +122,8 @@ class Node:
         """Set when every address of the settings is listened on."""
         self.identify = IdentifyService(host, protocol_version=config.protocol_version)
         self.observed = ObservedAddresses(host)
+        self.port_map = PortMapService(host, enabled=config.port_mapping)
+        self.mdns = MdnsService(host) if config.mdns else None
         self.reach = ReachService(host)
         self.interfaces = InterfaceWatch(self._interfaces_changed)
         self.dial_server = DialServer(host) if config.autonat_serve else None
@@ -152,7 +160,8 @@ class Node:
         self.spaces = SpaceService(host, self.kad, spaces)
         self.nat_watch = None if self.nat is None else NatWatch(host, self.nat, config.stun_servers)
         if self.nat_watch is not None:
-            self.punch.more_candidates = self.nat_watch.candidates
+            watch = self.nat_watch
+            self.punch.more_candidates = lambda: [*self.port_map.addrs(), *watch.candidates()]
             self.punch.refresh = self.nat_watch.refresh
             self.punch.opening_hops = self.nat_watch.opening_hops
         if self.nat is not None:
@@ -214,6 +223,9 @@ class Node:
         self.reach.reset()
         if self.nat_watch is not None:
             self.nat_watch.network_changed()
+        self.port_map.network_changed()
+        if self.mdns is not None:
+            self.mdns.network_changed()
         self.host.addrs_changed()
         self.host.nursery.start_soon(self.identify.ask_again)
         self.host.nursery.start_soon(self._drop_stranded)
@@ -226,6 +238,14 @@ class Node:
             ip = connection.local_addr.ip()
             if connection.path == "tcp" and ip is not None and ip not in own:
                 connection.abort()
+
+    async def _map_ports(self) -> None:
+        await self.listening.wait()
+        await self.port_map.run()
+
+    async def _find_neighbours(self, mdns: MdnsService) -> None:
+        await self.listening.wait()
+        await mdns.run()
 
     async def _serve_as_relay(self) -> None:
         self.relay_server.start()
@@ -249,6 +269,9 @@ class Node:
             nursery.start_soon(self.observed.run)
             nursery.start_soon(self.reach.run)
             nursery.start_soon(self.interfaces.run)
+            nursery.start_soon(self._map_ports)
+            if self.mdns is not None:
+                nursery.start_soon(self._find_neighbours, self.mdns)
             nursery.start_soon(self.kad.run)
             nursery.start_soon(self.blobs.run)
             if self.config.punch:

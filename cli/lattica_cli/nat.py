@@ -85,10 +85,21 @@ def _verdict(data: dict[str, Any]) -> list[tuple[str, str]]:
         ("hairpin", {True: "yes", False: "no", None: "not known"}[data["hairpin"]]),
         ("lifetime", _lifetime(lifetime["lives_for"], lifetime["dies_within"])),
         ("public", ", ".join(data["public_addrs"]) or "no address"),
-        ("port mapping", "none" if data["port_mapping"] is None else str(data["port_mapping"])),
+        ("port mapping", _port_mapping(data)),
         ("relays", ", ".join(data["reservations"]) or "none"),
     ]
     return lines + [("because", line) for line in data["evidence"]]
+
+
+def _port_mapping(data: dict[str, Any]) -> str:
+    mapping = data["port_mapping"]
+    if mapping is None:
+        return f"none: {data['port_mapping_detail']}" if data["port_mapping_detail"] else "none is needed"
+    ports = [
+        f"{port['transport']} {port['port']} at {port['external_ip']}:{port['external_port']} ({port['verdict']})"
+        for port in mapping["ports"]
+    ]
+    return f"{', '.join(ports)}, by {mapping['protocol']}"
 
 
 def _lifetime(lives: float | None, dies: float | None) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from lattica_cli.context import State, warn
+from lattica_cli.context import State
 
 
 def register(app: typer.Typer) -> None:
@@ -29,8 +29,6 @@ def up(
     state = State.of(ctx)
     if network:
         raise typer.BadParameter("private networks are not part of this version.")
-    if mdns:
-        warn("mDNS is not part of this version; starting without it")
     arguments: list[str] = []
     if state.home is not None:
         arguments += ["--home", state.home]
@@ -40,6 +38,8 @@ def up(
         arguments += ["--config", str(Path(config).absolute())]
     if relay is not None:
         arguments.append("--relay" if relay else "--no-relay")
+    if mdns is not None:
+        arguments.append("--mdns" if mdns else "--no-mdns")
     if log_level:
         arguments += ["--log-level", log_level]
     for name, values in (("--listen", listen), ("--bootstrap", bootstrap)):

@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--announce", metavar="ADDR", action="append", help="address to tell others; repeatable")
     parser.add_argument("--bootstrap", metavar="ADDR", action="append", help="a peer to start from; repeatable")
     parser.add_argument("--relay", action=argparse.BooleanOptionalAction, help="carry other peers' connections")
+    parser.add_argument("--mdns", action=argparse.BooleanOptionalAction, help="find peers in the local network")
     parser.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning or error")
     parser.add_argument("--log-format", metavar="FORMAT", help="text or json")
     parser.add_argument("--json", action="store_true", help="print the ready line as JSON")
@@ -98,6 +99,7 @@ def _flags(options: argparse.Namespace) -> dict[str, tuple[str, object]]:
         "listen.announce": ("--announce", options.announce),
         "discovery.bootstrap": ("--bootstrap", options.bootstrap),
         "relay.serve": ("--relay", None if options.relay is None else "on" if options.relay else "off"),
+        "discovery.mdns": ("--mdns", None if options.mdns is None else "on" if options.mdns else "off"),
         "log.level": ("--log-level", options.log_level),
         "log.format": ("--log-format", options.log_format),
     }

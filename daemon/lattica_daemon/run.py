@@ -86,6 +86,8 @@ async def open_daemon(home: Home, settings: Settings) -> AsyncIterator[Daemon]:
         relay_use=settings.relay.use,  # type: ignore[arg-type]
         relays=settings.relay.relays,
         punch=settings.relay.punch == "on",
+        mdns=settings.discovery.mdns == "on",
+        port_mapping=settings.listen.port_mapping == "on",
     )
     async with open_node(config) as node, trio.open_nursery() as nursery:
         node.host.gate = rules.refusal

@@ -136,6 +136,12 @@ class ListenSettings:
         _addresses("a list of multiaddrs without /p2p", _accept_anything),
         "addresses to tell other peers instead of those listened on, e.g. of a port forwarded by hand",
     )
+    port_mapping: str = _setting(
+        "on",
+        _choice("on", "off"),
+        "on asks the router (PCP, NAT-PMP, UPnP) to lead our ports to this machine where its own address is private; "
+        "the mappings end with the daemon",
+    )
 
 
 @dataclass(frozen=True)
@@ -156,6 +162,11 @@ class DiscoverySettings:
         "/lattica/kad/1.0.0",
         _text("a protocol id that starts with /", _accept_protocol),
         "protocol id of the Kademlia network to take part in",
+    )
+    mdns: str = _setting(
+        "on",
+        _choice("on", "off"),
+        "on finds peers in the local network, and is found by them, without any bootstrap peer (multicast DNS)",
     )
 
 

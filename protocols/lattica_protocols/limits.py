@@ -438,6 +438,59 @@ AUTONAT_V1_MAX_DIALS = 4
 AUTONAT_MAX_ASKED_ADDRS = 8
 """Addresses of ours that we have others try: two families, two transports, two providers."""
 
+# -- port mapping -------------------------------------------------------------------------------------------------
+PORTMAP_MAX_DATAGRAM_BYTES = 1100
+"""A PCP message: RFC 6887, section 7."""
+
+PORTMAP_MAX_PORTS = 8
+"""Ports of ours that are mapped: two in nearly every case. A router has room for some dozens, for all its machines."""
+
+UPNP_MAX_DOCUMENT_BYTES = 128 << 10
+"""A router's description; those of real ones have 3 to 20 KiB."""
+
+UPNP_MAX_HEAD_BYTES = 8192
+"""An HTTP head or SSDP answer; real ones are under 1 KiB."""
+
+UPNP_MAX_HEADERS = 64
+"""Lines of it."""
+
+UPNP_MAX_ELEMENTS = 4096
+"""XML elements; a description with all its services has a few hundred."""
+
+UPNP_MAX_XML_DEPTH = 32
+"""Three devices inside each other, each in a list, are 10 deep."""
+
+UPNP_MAX_TEXT_CHARS = 4096
+"""Text in one XML element."""
+
+UPNP_MAX_URL_CHARS = 512
+"""A location or control URL; real ones are under 100."""
+
+UPNP_MAX_SERVICES = 4
+"""WAN services of one router that are asked for an address."""
+
+UPNP_MAX_LOCATIONS = 2
+"""Descriptions of one router that are read: some run two UPnP servers."""
+
+# -- mDNS ----------------------------------------------------------------------------------------------------------
+MDNS_MAX_PACKET_BYTES = 9000
+"""RFC 6762, section 17."""
+
+MDNS_MAX_RECORDS = 64
+"""In one packet: an answer about one peer has two, printers and televisions send some dozens."""
+
+MDNS_MAX_TEXTS = 64
+"""In one TXT record: an address each."""
+
+MDNS_MAX_NAME_BYTES = 255
+"""RFC 1035, section 2.3.4."""
+
+MDNS_MAX_ADDRS = 16
+"""Of one peer."""
+
+MDNS_MAX_PEERS = 64
+"""Peers in this network that are told of within a minute: who floods us with names has us dial no more than these."""
+
 # -- local socket -------------------------------------------------------------------------------------------------
 LOCAL_FD_OVER = 128 << 10
 """Longer tails go as memory, not through the socket. Below it the system calls cost as much as the copies."""

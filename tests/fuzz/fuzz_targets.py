@@ -21,7 +21,9 @@ from typing import Any
 import fuzz_autonat
 import fuzz_corpus as corpus
 import fuzz_machines as machines
+import fuzz_mdns
 import fuzz_nat as nat
+import fuzz_portmap
 import fuzz_relay
 from cryptography import x509
 from fuzz_mutation import mutate
@@ -53,7 +55,14 @@ INSTANCES: dict[type, Callable[[bytes], Any]] = {
 }
 """How to get an object whose methods parse; classes made from nothing or from bytes need no entry."""
 
-DRIVERS = [*machines.DRIVERS, *nat.DRIVERS, *fuzz_relay.DRIVERS, *fuzz_autonat.DRIVERS]
+DRIVERS = [
+    *machines.DRIVERS,
+    *nat.DRIVERS,
+    *fuzz_relay.DRIVERS,
+    *fuzz_autonat.DRIVERS,
+    *fuzz_portmap.DRIVERS,
+    *fuzz_mdns.DRIVERS,
+]
 
 LENGTHS = {"lattica_protocols.blobs.messages.decode_header_untrusted": messages.HEADER.size}
 """Functions that are documented to take exactly so many bytes."""

@@ -9,6 +9,7 @@ from lattica_daemon.control.arguments import read_peer
 from lattica_daemon.doctor import examine, examine_peer
 from lattica_daemon.doctor.facts import gather_facts
 from lattica_daemon.doctor.machine import check_reachable
+from lattica_daemon.doctor.port_mapping import check_port_mapping, mapping_to_plain
 from lattica_protocols.limits import NAT_MAX_LIFETIMES
 from lattica_protocols.nat.behaviour import Filtering, Mapping, NatBehaviour
 
@@ -42,6 +43,7 @@ class NatControl:
         facts = await gather_facts(node, fresh=not silences and (fresh or known == NatBehaviour()))
         known = facts.behaviour
         reachable = check_reachable(facts)
+        mapping, mapped = facts.port_mapping, check_port_mapping(facts)
         return {
             "mapping": known.mapping.value,
             "filtering": known.filtering.value,
@@ -54,7 +56,9 @@ class NatControl:
             "evidence": list(known.evidence),
             "reachability": {True: "public", False: "private", None: "unknown"}[reachable.ok],
             "reachability_detail": reachable.detail,
-            "port_mapping": None,
+            "port_mapping": None if mapping is None else mapping_to_plain(mapping, facts.verdicts),
+            "port_mapping_detail": "" if mapped is None else mapped.detail,
+            "port_mapping_evidence": [] if mapped is None else list(mapped.evidence),
             "reservations": facts.reservations,
             "peers": self._peers(),
         }

@@ -16,6 +16,7 @@ from lattica_protocols.nat.behaviour import NatBehaviour
 
 if TYPE_CHECKING:
     from lattica.node import Node
+    from lattica.portmap import PortMapStatus
     from lattica_protocols.autonat.reach import Verdict
     from lattica_protocols.multiaddr import Multiaddr
     from lattica_protocols.stun import SocketAddr
@@ -75,6 +76,7 @@ class Facts:
     relays_wanted: int = 0
     reservations: dict[str, list[str]] = field(default_factory=dict)
     relay_errors: dict[str, str] = field(default_factory=dict)
+    port_mapping: PortMapStatus | None = None
     surroundings: str = ""
     """`wsl`, `container`, or nothing special."""
 
@@ -103,6 +105,7 @@ async def gather_facts(node: Node, *, fresh: bool = True) -> Facts:
             str(relay): [str(addr) for addr in addrs] for relay, addrs in node.relay_client.reservations().items()
         },
         relay_errors={str(relay): error for relay, error in node.relay_client.last_error.items()},
+        port_mapping=node.port_map.status(),
         surroundings=surroundings(),
     )
     if node.nat is None or node.nat_watch is None:

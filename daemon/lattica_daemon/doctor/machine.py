@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from lattica_daemon.doctor.facts import Facts, Finding, Link, is_private, is_shared_space
+from lattica_daemon.doctor.port_mapping import check_port_mapping
 from lattica_protocols.nat.behaviour import Filtering, Mapping, Ports
 from lattica_protocols.nat.classify import MIN_OBSERVERS
 
@@ -239,6 +240,7 @@ CHECKS: Sequence[Check] = (
     check_nat,
     check_double_nat,
     check_firewall,
+    check_port_mapping,
     check_ipv6,
     check_observers,
     check_relays,
