@@ -43,8 +43,8 @@ CREATE TABLE IF NOT EXISTS spaces (number INTEGER PRIMARY KEY, space BLOB NOT NU
     instance INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS operations (place INTEGER PRIMARY KEY, start INTEGER NOT NULL, "end" INTEGER NOT NULL,
     data BLOB NOT NULL);
-CREATE TABLE IF NOT EXISTS forks (number INTEGER NOT NULL, author BLOB NOT NULL, first BLOB NOT NULL, second BLOB NOT NULL,
-    PRIMARY KEY (number, author)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS forks (number INTEGER NOT NULL, author BLOB NOT NULL, first BLOB NOT NULL,
+    second BLOB NOT NULL, PRIMARY KEY (number, author)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS checkpoints (number INTEGER PRIMARY KEY, data BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS snapshots (number INTEGER PRIMARY KEY, n INTEGER NOT NULL, state BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS lost (number INTEGER NOT NULL, data BLOB NOT NULL);
@@ -118,8 +118,8 @@ class SpaceStore:
     def note_partly_lost(self, genesis: Genesis, missing: int, error: Exception) -> None:
         """Rows of a space could not be read back: `missing` operations."""
         text = (
-            f"{missing} stored operations of {genesis.name} ({space_text(genesis.id)}) were damaged ({error}); they are "
-            "fetched again from other members, edits that had not reached one are lost"
+            f"{missing} stored operations of {genesis.name} ({space_text(genesis.id)}) were damaged ({error}); they "
+            "are fetched again from other members, edits that had not reached one are lost"
         )
         self.damaged = text if self.damaged is None else f"{self.damaged}; {text}"
         log.error("space_partly_lost space=%s operations=%d error=%s", space_text(genesis.id), missing, error)

@@ -47,7 +47,7 @@ class Members:
         end = self.now + seconds
         while self.now < end:
             self.now += 0.5
-            for number, machine in enumerate(self.machines):
+            for machine in self.machines:
                 machine.handle_timer(self.now, NOW + self.now)
             moved = True
             while moved:
@@ -142,9 +142,9 @@ def test_a_signer_signs_no_second_one_that_leaves_something_out() -> None:
     assert len(again.propose(NOW).signatures) == 1
     apart = Replica(genesis, key=key_of(3), instance=8)
     deliver(apart, second)
+    later = Proposals(apart)
+    later.signed = again.signed
     with pytest.raises(LocalProtocolError, match="another checkpoint"):
-        later = Proposals(apart)
-        later.signed = again.signed
         later.propose(NOW)
 
 
