@@ -24,12 +24,15 @@ def create(
     ctx: typer.Context,
     name: str,
     writer: list[str] = typer.Option([], "--writer", metavar="PEER", help="A peer that may write, too. Repeatable."),
+    quorum: int = typer.Option(0, "--quorum", help="Checkpoints need so many of the signers; 0: the owner alone."),
+    signer: list[str] = typer.Option([], "--signer", metavar="PEER", help="One of the quorum. Repeatable."),
 ) -> None:
     """Make a space that this peer owns; prints its id."""
     state = State.of(ctx)
     writers = [str(parse_peer(text)) for text in writer]
+    signers = [str(parse_peer(text)) for text in signer]
     with daemon(state) as lat:
-        data = lat.create_space(name, writers=writers)
+        data = lat.create_space(name, writers=writers, quorum=quorum, signers=signers)
     state.emit(data, lambda: say(data["space"]))
 
 
@@ -221,11 +224,13 @@ def verify(ctx: typer.Context, space: str) -> None:
 
 @space_app.command("checkpoint")
 def checkpoint(ctx: typer.Context, space: str) -> None:
-    """Replace the history by a signed state, on all members. Only the owner may."""
+    """Replace the history by a signed state, on all members. The owner may; where there are signers, one of them
+    proposes it and the others sign."""
     state = State.of(ctx)
     with daemon(state) as lat:
         data = lat.daemon("space_checkpoint", space)
-    state.emit(data, lambda: say(f"checkpoint {data['checkpoint']} of {data['operations']} operations"))
+    waits = "" if data["complete"] else ", proposed to the other signers"
+    state.emit(data, lambda: say(f"checkpoint {data['checkpoint']} of {data['operations']} operations{waits}"))
 
 
 @space_app.command("prove")

@@ -145,9 +145,13 @@ class DaemonVerbs(ABC):
         return self.daemon("dht_info")
 
     # -- spaces -------------------------------------------------------------------------------------------
-    def create_space(self, name: str, *, writers: Sequence[Peer] = ()) -> Any:
-        """A new space that this peer owns: `space`, its id. `writers` may write, too."""
-        return self.daemon("space_create", name, [str(peer) for peer in writers])
+    def create_space(
+        self, name: str, *, writers: Sequence[Peer] = (), quorum: int = 0, signers: Sequence[Peer] = ()
+    ) -> Any:
+        """A new space that this peer owns: `space`, its id. `writers` may write, too. With a `quorum` (more than half
+        of `signers`), checkpoints need that many signatures of them instead of the owner's."""
+        who, trusted = [str(peer) for peer in writers], [str(peer) for peer in signers]
+        return self.daemon("space_create", name, who, quorum, trusted)
 
     def join_space(self, space: str, *, peers: Sequence[Peer] = (), timeout: float = 30.0) -> Any:
         """Hold a replica of a space, found through the network or at `peers`: `space`, `name`, `synced`."""

@@ -208,14 +208,28 @@ class SpaceService:
                 space.replica.receive_checkpoint(stored.checkpoint)
                 space.replica.take_unsaved()
             space.replica.load(stored.operations, stored.forks, stored.snapshot)
+            space.replica.lost = [Operation.decode_untrusted(data, stored.genesis.id) for data in stored.lost]
+            space.machine.proposals.signed = stored.signed
         except (RemoteProtocolError, ValueError) as error:
-            # Somebody edited the file. What is loaded is sound; the rest comes from the neighbours, and we go on in a
-            # chain of our own that nobody has seen.
-            log.error("space_partly_lost space=%s error=%s", space.id, error)
-            instance = int.from_bytes(os.urandom(4), "big")
-            self.store.remove(stored.genesis.id)
-            self.store.add(stored.genesis, instance)
-            self._open(stored.genesis, instance)
+            self._restore_sound(stored, space.replica, error)
+
+    def _restore_sound(self, stored: StoredSpace, damaged: Replica, error: Exception) -> None:
+        """Keep what is sound of a space whose rows were damaged; the rest comes from the neighbours. We go on in a
+        chain that nobody has seen: operations of ours may be missing here that others have."""
+        instance = int.from_bytes(os.urandom(4), "big")
+        self.store.remove(stored.genesis.id)
+        self.store.add(stored.genesis, instance)
+        space = self._open(stored.genesis, instance)
+        if damaged.checkpoint is not None:
+            space.replica.adopt(damaged.checkpoint)
+        for entry in damaged.graph.counted():
+            try:
+                space.replica.receive_operation(entry.op, self._clock())
+            except RemoteProtocolError:
+                continue
+        space.save()
+        missing = len(stored.operations) - len(space.replica.tree)
+        self.store.note_partly_lost(stored.genesis, missing, error)
 
     def _add_neighbour(self, space: Space, peer: PeerId, limit: int = REPLICA_FANOUT) -> None:
         neighbours = space.machine.neighbours()
@@ -289,9 +303,12 @@ class SpaceService:
                 now, unix_now = trio.current_time(), self._clock()
                 deadline = now + SEARCH_PAUSES[1]
                 for key, space in list(self._spaces.items()):
+                    generation = space.replica.generation
                     if space.machine.next_timeout() <= now:
                         space.machine.handle_timer(now, unix_now)
-                    self._flush(space, nursery)
+                    self._flush(space)
+                    if generation != space.replica.generation:  # a checkpoint got its last signature
+                        space.after_change()
                     self._maybe_search(nursery, key, space, now)
                     deadline = min(deadline, space.machine.next_timeout(), self._search_at[key][0])
                 with trio.move_on_at(deadline):
@@ -307,7 +324,7 @@ class SpaceService:
             at, pause = now + pause, min(2 * pause, SEARCH_PAUSES[1])
         self._search_at[key] = (at, pause)
 
-    def _flush(self, space: Space, nursery: trio.Nursery | None = None) -> None:
+    def _flush(self, space: Space) -> None:
         """Store, then send: nobody may know an operation of ours that we could forget."""
         try:
             space.save()

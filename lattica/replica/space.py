@@ -7,6 +7,7 @@ called from the node's trio thread. Reading never waits for anything.
 from __future__ import annotations
 
 import json
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from lattica.replica.store import SpaceStore
     from lattica_protocols.replica.replica import Replica, Verified
     from lattica_protocols.replica.sync import ReplicaSync
+
+log = logging.getLogger("lattica.replica")
 
 list_of = list  # `list` is a method below
 
@@ -214,7 +217,7 @@ class Space:
         if not replica.unsaved:
             return
         unsaved = replica.take_unsaved()
-        kept = []
+        kept: list_of[tuple[bytes, int, int]] = []
         if unsaved.checkpoint is not None:
             kept = [(entry.op.encoded, entry.start, entry.end) for entry in replica.graph.counted()]
             self.since_snapshot = 0
@@ -226,6 +229,10 @@ class Space:
             raise
         self._instance = replica.instance
         self.since_snapshot += len(unsaved.operations)
+        for op in unsaved.lost:
+            log.warning(
+                "space_operation_lost space=%s operation=%s reason=left_out_by_checkpoint", self.id, op.id.hex()
+            )
 
     def after_change(self) -> None:
         """Tell the watchers of what came."""
@@ -325,19 +332,42 @@ class Space:
             raise InvalidArgument(str(error)) from None
 
     def checkpoint(self) -> bytes:
-        """Replace the history by a signed state, here and on all members; its id. Errors: `NotWriter`."""
+        """Replace the history by a signed state, here and on all members; its id. Errors: `NotWriter`.
+
+        Where the space has signers, this proposes the state to them: each signs it by itself when it finds the same,
+        and it is taken everywhere once a quorum did (`checkpoint_id` tells).
+        """
         replica = self.replica
-        key = replica.key
-        if key is None or (not replica.genesis.quorum and key.public_key.data not in replica.graph.membership().owners):
-            raise NotWriter(f"only the owner may make a checkpoint; {_who_may_help(self)}")
-        made = replica.make_checkpoint(self._clock())
-        if not replica.receive_checkpoint(made.encode()):
-            raise InvalidArgument("there is a newer checkpoint already")
+        key = b"" if replica.key is None else replica.key.public_key.data
+        if replica.genesis.quorum:
+            made = self._propose(key)
+        else:
+            if key not in replica.graph.membership().owners:
+                raise NotWriter(f"only the owner may make a checkpoint; {_who_may_help(self)}")
+            checkpoint = replica.make_checkpoint(self._clock())
+            if not replica.receive_checkpoint(checkpoint.encode()):
+                raise InvalidArgument("there is a newer checkpoint already")
+            made = checkpoint.id
+            self.machine.announce_checkpoint()
         self.save()
-        self.machine.announce_checkpoint()
         self.after_change()
         self._wake()
-        return made.id
+        return made
+
+    def _propose(self, key: bytes) -> bytes:
+        signers = self.replica.genesis.signers
+        if key not in signers:
+            names = ", ".join(str(peer_of(signer)) for signer in signers)
+            raise NotWriter(f"only signers of {self.id} may propose a checkpoint: {names}")
+        try:
+            return self.machine.propose_checkpoint(trio.current_time(), self._clock())
+        except LocalProtocolError as error:
+            raise InvalidArgument(str(error)) from None
+
+    @property
+    def checkpoint_id(self) -> bytes | None:
+        """Id of the checkpoint that the state stands on; None: the genesis."""
+        return None if self.replica.checkpoint is None else self.replica.checkpoint.id
 
 
 class Watcher:

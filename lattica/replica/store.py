@@ -9,7 +9,9 @@ sign its sequence number twice. (A power cut, unlike a kill, can lose the last t
                                                         in the order of admission (ascending keys fill their pages)
     forks        space number, author, first, second    proofs of equivocation
     checkpoints  space number, data                     the newest
-    snapshots    space number, n, state                 the document after the first n operations
+    snapshots    space number, n, state                 the document after the first n operations, behind its BLAKE3
+    lost         space number, data                     own operations that a checkpoint left out
+    signed       space number, header                   the checkpoint we signed last as one of a quorum
 
 Beside it stands `spaces.json`, the genesis of each. When the database is damaged it is renamed, and the spaces are
 fetched from other members again: what only this member had is lost, and the log and `Store.damaged` say so.
@@ -27,6 +29,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from blake3 import blake3
+
 from lattica.errors import ConfigError, StorageError, StorageFull
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.replica.genesis import Genesis, space_text
@@ -35,16 +39,19 @@ from lattica_protocols.replica.replica import Unsaved
 log = logging.getLogger("lattica.replica")
 
 SCHEMA = """
-CREATE TABLE spaces (number INTEGER PRIMARY KEY, space BLOB NOT NULL UNIQUE, genesis BLOB NOT NULL,
+CREATE TABLE IF NOT EXISTS spaces (number INTEGER PRIMARY KEY, space BLOB NOT NULL UNIQUE, genesis BLOB NOT NULL,
     instance INTEGER NOT NULL);
-CREATE TABLE operations (place INTEGER PRIMARY KEY, start INTEGER NOT NULL, "end" INTEGER NOT NULL,
+CREATE TABLE IF NOT EXISTS operations (place INTEGER PRIMARY KEY, start INTEGER NOT NULL, "end" INTEGER NOT NULL,
     data BLOB NOT NULL);
-CREATE TABLE forks (number INTEGER NOT NULL, author BLOB NOT NULL, first BLOB NOT NULL, second BLOB NOT NULL,
-    PRIMARY KEY (number, author)) WITHOUT ROWID;
-CREATE TABLE checkpoints (number INTEGER PRIMARY KEY, data BLOB NOT NULL);
-CREATE TABLE snapshots (number INTEGER PRIMARY KEY, n INTEGER NOT NULL, state BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS forks (number INTEGER NOT NULL, author BLOB NOT NULL, first BLOB NOT NULL,
+    second BLOB NOT NULL, PRIMARY KEY (number, author)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS checkpoints (number INTEGER PRIMARY KEY, data BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS snapshots (number INTEGER PRIMARY KEY, n INTEGER NOT NULL, state BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS lost (number INTEGER NOT NULL, data BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS signed (number INTEGER PRIMARY KEY, header BLOB NOT NULL);
 """
-VERSION = 1
+VERSION = 2
+"""2 has the tables `lost` and `signed`, and digests in `snapshots`."""
 _IN_SPACE = "place BETWEEN ? AND ?"
 
 
@@ -63,6 +70,8 @@ class StoredSpace:
     forks: list[tuple[bytes, bytes]]
     checkpoint: bytes | None
     snapshot: tuple[int, bytes]
+    lost: list[bytes]
+    signed: bytes
 
 
 class SpaceStore:
@@ -106,6 +115,15 @@ class SpaceStore:
         )
         log.error("spaces_damaged moved_to=%s spaces=%d error=%s", moved, len(self.to_restore), error)
 
+    def note_partly_lost(self, genesis: Genesis, missing: int, error: Exception) -> None:
+        """Rows of a space could not be read back: `missing` operations."""
+        text = (
+            f"{missing} stored operations of {genesis.name} ({space_text(genesis.id)}) were damaged ({error}); they "
+            "are fetched again from other members, edits that had not reached one are lost"
+        )
+        self.damaged = text if self.damaged is None else f"{self.damaged}; {text}"
+        log.error("space_partly_lost space=%s operations=%d error=%s", space_text(genesis.id), missing, error)
+
     def __enter__(self) -> Self:
         return self
 
@@ -140,13 +158,16 @@ class SpaceStore:
         forks = run("SELECT first, second FROM forks WHERE number = ?", (number,)).fetchall()
         checkpoint = run("SELECT data FROM checkpoints WHERE number = ?", (number,)).fetchone()
         snapshot = run("SELECT n, state FROM snapshots WHERE number = ?", (number,)).fetchone()
+        signed = run("SELECT header FROM signed WHERE number = ?", (number,)).fetchone()
         return StoredSpace(
             genesis,
             instance,
             [(row[0], row[1], row[2]) for row in rows],
             forks,
             None if checkpoint is None else checkpoint[0],
-            (0, b"") if snapshot is None else snapshot,
+            _checked_snapshot(snapshot),
+            [row[0] for row in run("SELECT data FROM lost WHERE number = ?", (number,)).fetchall()],
+            b"" if signed is None else signed[0],
         )
 
     def add(self, genesis: Genesis, instance: int) -> None:
@@ -172,7 +193,7 @@ class SpaceStore:
         number = self._numbers.pop(space)
         with _Writing(self._connection):
             self._connection.execute(f"DELETE FROM operations WHERE {_IN_SPACE}", _places(number))
-            for table in ("forks", "checkpoints", "snapshots", "spaces"):
+            for table in ("forks", "checkpoints", "snapshots", "lost", "signed", "spaces"):
                 self._connection.execute(f"DELETE FROM {table} WHERE number = ?", (number,))
         self._write_list()
 
@@ -201,6 +222,10 @@ class SpaceStore:
             for fork in unsaved.forks:
                 row = (number, fork.author, fork.first.encoded, fork.second.encoded)
                 run("INSERT OR REPLACE INTO forks VALUES (?, ?, ?, ?)", row)
+            run_many = self._connection.executemany
+            run_many("INSERT INTO lost VALUES (?, ?)", [(number, op.encoded) for op in unsaved.lost])
+            if unsaved.signed:
+                run("INSERT OR REPLACE INTO signed VALUES (?, ?)", (number, unsaved.signed))
             if instance is not None:
                 run("UPDATE spaces SET instance = ? WHERE number = ?", (instance, number))
         self._next[number] = first + len(rows)
@@ -209,7 +234,8 @@ class SpaceStore:
         """Keep the document after the first `operations` stored ones, so that they need not be applied at a start."""
         with _Writing(self._connection):
             self._connection.execute(
-                "INSERT OR REPLACE INTO snapshots VALUES (?, ?, ?)", (self._numbers[space], operations, state)
+                "INSERT OR REPLACE INTO snapshots VALUES (?, ?, ?)",
+                (self._numbers[space], operations, blake3(state).digest() + state),
             )
 
     def count(self, space: bytes) -> int:
@@ -285,12 +311,20 @@ def _connect(path: Path | None) -> sqlite3.Connection:
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         if version > VERSION:
             raise ConfigError(f"home: {path} was written by a newer version of lattica (schema {version})")
-        if version == 0:
-            connection.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
+        if version < VERSION:
+            forget = "DELETE FROM snapshots;" if version else ""
+            connection.executescript(f"BEGIN; {SCHEMA} {forget} PRAGMA user_version = {VERSION}; COMMIT;")
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+def _checked_snapshot(row: tuple[int, bytes] | None) -> tuple[int, bytes]:
+    """The document of a snapshot; none when there is none or it is damaged."""
+    if row is None or blake3(row[1][32:]).digest() != row[1][:32]:
+        return 0, b""
+    return row[0], row[1][32:]
 
 
 def _move_aside(path: Path) -> Path:

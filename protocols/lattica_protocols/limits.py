@@ -689,6 +689,12 @@ REPLICA_MAX_COVERED = 4_000_000
 REPLICA_MAX_CHECKPOINT_BYTES = REPLICA_MAX_STATE_BYTES + 8 * REPLICA_MAX_COVERED + (4 << 20)
 """A checkpoint with its state."""
 
+REPLICA_MAX_PROPOSAL_BYTES = 512 << 10
+"""The header of a checkpoint that is passed on to be signed: a few thousand chains. It has to fit a message."""
+
+REPLICA_MAX_PROPOSALS = 8
+"""Checkpoints held that wait for signatures. One is the usual number; signers that propose at once make a few."""
+
 REPLICA_MAX_PRESENCE_BYTES = 1024
 """What a member says about itself: a role, layers, a load."""
 

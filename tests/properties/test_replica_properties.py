@@ -163,9 +163,9 @@ def test_space_ids_have_one_text(space: bytes) -> None:
 
 
 def test_messages_are_what_they_were() -> None:
-    data = encode_message(MessageKind.HELLO, bytes(32), bytes(32), 3, bytes(32))
+    data = encode_message(MessageKind.HELLO, bytes(32), bytes(32), 3, 9, bytes(32))
     message = decode_message_untrusted(data)
-    assert (message.kind, message.fields) == (MessageKind.HELLO, (bytes(32), 3, bytes(32)))
+    assert (message.kind, message.fields) == (MessageKind.HELLO, (bytes(32), 3, 9, bytes(32)))
 
 
 # -- the types against plain Python ------------------------------------------------------------------------------------

@@ -27,9 +27,12 @@ class SpaceControl:
         self._daemon = daemon
 
     # -- spaces -----------------------------------------------------------------------------------------------
-    async def space_create(self, name: str, writers: Sequence[str] = ()) -> dict[str, Any]:
-        """A new space that this peer owns: `{space, name}`."""
-        space = await self._daemon.node.spaces.create(name, [read_peer(peer) for peer in writers])
+    async def space_create(
+        self, name: str, writers: Sequence[str] = (), quorum: int = 0, signers: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """A new space that this peer owns: `{space, name}`. With a `quorum`, so many of `signers` sign checkpoints."""
+        who, trusted = ([read_peer(peer) for peer in peers] for peers in (writers, signers))
+        space = await self._daemon.node.spaces.create(name, who, quorum=quorum, signers=trusted)
         return {"space": space.id, "name": space.name}
 
     async def space_join(self, space: str, peers: Sequence[str] = (), timeout: float = 30.0) -> dict[str, Any]:
@@ -184,12 +187,14 @@ class SpaceControl:
         }
 
     async def space_checkpoint(self, space: str) -> dict[str, Any]:
-        """Replace the history by a signed state: `{space, checkpoint, operations, root}`."""
+        """Replace the history by a signed state: `{space, checkpoint, complete, operations, root}`; not `complete`:
+        it waits for signatures of others."""
         found = self._space(space)
         made = found.checkpoint()
         return {
             "space": found.id,
             "checkpoint": made.hex(),
+            "complete": found.checkpoint_id == made,
             "operations": found.operations(),
             "root": found.root().hex(),
         }

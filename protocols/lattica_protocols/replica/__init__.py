@@ -8,6 +8,7 @@
     tree          the Merkle tree behind the root
     replica       graph and document together; the local side writes here
     checkpoint    signed states that replace history
+    proposal      those that a quorum signs
     proof         what a third party is shown
     messages      the wire
     sync          the machine: frontiers, missing operations, push, presence

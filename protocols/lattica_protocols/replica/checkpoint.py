@@ -14,7 +14,7 @@ operations it replaces, including those that earlier checkpoints did. `previous`
 zero bytes for the first. `handed over` are all HAND_OVER operations so far, so that somebody who only knows the
 genesis can see that the signer is the owner now. `renamed` are items of equivocators with another client id in the
 document, by their old names: an operation from before the checkpoint may name them. Of two checkpoints the one with the
-higher number is taken, then the one with the smaller id.
+higher number is taken, then the one with more operations, then the one with the smaller id.
 
     id        = BLAKE3("lattica-checkpoint-1" || bytes)
     signed    = [bytes, [[key: bin 32, Ed25519("lattica-checkpoint-1" || id)], …]]      an owner's, or a quorum's
@@ -23,8 +23,8 @@ higher number is taken, then the one with the smaller id.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgpack
@@ -51,6 +51,11 @@ _DOMAIN = b"lattica-checkpoint-1"
 VERSION = 1
 MAX_KEYS = REPLICA_MAX_WRITERS * 64
 """Keys in a list of a checkpoint: all that ever wrote."""
+
+Rank = tuple[int, int, bytes]
+"""Number, operations and id of a checkpoint."""
+NO_RANK: Rank = (0, 0, bytes(32))
+"""That of the genesis."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,26 +115,18 @@ class Checkpoint:
             blake3(state).digest(),
             blake3(covered).digest(),
             floor.handed_over,
-            floor.renamed,
+            sorted(floor.renamed),
         ]
         return cls(space, number, previous, time, root, operations, floor, state, msgpack.packb(fields))
 
     def signed(self, key: PrivateKey) -> Checkpoint:
         """The same with the signature of `key`, too."""
         others = tuple(pair for pair in self.signatures if pair[0] != key.public_key.data)
-        signatures = tuple(sorted([*others, (key.public_key.data, key.sign(_DOMAIN + self.id))]))
-        return Checkpoint(
-            self.space,
-            self.number,
-            self.previous,
-            self.time,
-            self.root,
-            self.operations,
-            self.floor,
-            self.state,
-            self.header,
-            signatures,
-        )
+        return self.with_signatures(dict([*others, (key.public_key.data, key.sign(_DOMAIN + self.id))]))
+
+    def with_signatures(self, signatures: Mapping[bytes, bytes]) -> Checkpoint:
+        """The same with these signatures, by key."""
+        return replace(self, signatures=tuple(sorted(signatures.items())))
 
     def encode(self) -> bytes:
         """The form on disk and on the wire."""
@@ -145,17 +142,12 @@ class Checkpoint:
         space = genesis.id
         try:
             (header, signatures), state, covered = _unpack(data)
-            fields = _unpack(header)
-            if msgpack.packb(fields) != header or len(fields) != 17 or fields[:2] != (VERSION, space):
-                raise RemoteProtocolError("not a checkpoint of this space")
+            fields = read_header_untrusted(header, space)
             number, previous, time, root, operations, owned, writers, former, chains, heads, excluded = fields[2:13]
-            _check_numbers(number, time, operations)
-            for digest in (previous, root, *fields[13:15]):
-                _check_key(digest)
             pairs = tuple((_check_key(key), bytes(signature)) for key, signature in signatures[:REPLICA_MAX_WRITERS])
             handed = tuple(bytes(op) for op in fields[15][:REPLICA_MAX_WRITERS])
             trusted = owners | follow_hand_overs_untrusted(handed, genesis)
-            if not _enough_signed(genesis, trusted, blake3(_DOMAIN + header).digest(), pairs):
+            if len(valid_signers(genesis, trusted, header, pairs)) < (genesis.quorum or 1):
                 raise RemoteProtocolError("checkpoint that nobody signed who may")
             if blake3(state).digest() != fields[13] or blake3(covered).digest() != fields[14]:
                 raise RemoteProtocolError("checkpoint whose state is not the one it signs")
@@ -175,9 +167,32 @@ class Checkpoint:
             raise RemoteProtocolError("not a checkpoint") from None
         return cls(space, number, previous, time, root, operations, floor, state, header, pairs)
 
-    def ranks_above(self, number: int, other: bytes) -> bool:
-        """Whether this one is to be taken instead of the checkpoint `other` with `number`."""
-        return (self.number, other) > (number, self.id)
+    @property
+    def rank(self) -> Rank:
+        return self.number, self.operations, self.id
+
+    def ranks_above(self, other: Rank) -> bool:
+        """Whether this one is to be taken instead of `other`."""
+        return ranks_above(self.rank, other)
+
+
+def ranks_above(one: Rank, other: Rank) -> bool:
+    """Whether the checkpoint `one` is to be taken instead of `other`."""
+    return (*one[:2], other[2]) > (*other[:2], one[2])
+
+
+def read_header_untrusted(header: bytes, space: bytes) -> tuple[Any, ...]:
+    """The fields of a checkpoint's header. The lists in it are checked where they are used."""
+    try:
+        fields = _unpack(header)
+        if msgpack.packb(fields) != header or len(fields) != 17 or fields[:2] != (VERSION, space):
+            raise RemoteProtocolError("not a checkpoint of this space")
+    except (ValueError, TypeError, msgpack.UnpackException, RecursionError):
+        raise RemoteProtocolError("not a checkpoint") from None
+    _check_numbers(fields[2], fields[4], fields[6])
+    for digest in (fields[3], fields[5], *fields[13:15]):
+        _check_key(digest)
+    return tuple(fields)
 
 
 def follow_hand_overs_untrusted(handed: Sequence[bytes], genesis: Genesis) -> frozenset[bytes]:
@@ -207,13 +222,13 @@ def vector_of(state: bytes) -> dict[int, int]:
     return out
 
 
-def _enough_signed(
-    genesis: Genesis, owners: frozenset[bytes], digest: bytes, signatures: Sequence[tuple[bytes, bytes]]
-) -> bool:
+def valid_signers(
+    genesis: Genesis, owners: frozenset[bytes], header: bytes, signatures: Sequence[tuple[bytes, bytes]]
+) -> set[bytes]:
+    """Those who may sign a checkpoint and signed this header."""
     may = set(genesis.signers) if genesis.quorum else owners
-    needed = genesis.quorum or 1
-    valid = {key for key, signature in signatures if key in may and _verify(key, _DOMAIN + digest, signature)}
-    return len(valid) >= needed
+    signed = _DOMAIN + blake3(_DOMAIN + header).digest()
+    return {key for key, signature in signatures if key in may and _verify(key, signed, signature)}
 
 
 def _unpack(data: bytes) -> Any:

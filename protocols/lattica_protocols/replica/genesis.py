@@ -5,7 +5,8 @@ Wire: canonical msgpack, an array
     [1, owner: bin 32, name: str, nonce: bin 16, writers: [bin 32, …], quorum: uint, signers: [bin 32, …]]
 
 Keys are raw Ed25519 keys. `writers` (sorted, without the owner) may write from the start. A checkpoint is valid with
-the signature of an owner, or, when `quorum` is not 0, with those of `quorum` of the `signers` (sorted).
+the signature of an owner, or, when `quorum` is not 0, with those of `quorum` of the `signers` (sorted). A quorum is
+more than half of them, so that no two sets of signers replace the history in two ways.
 
     id = BLAKE3("lattica-space-1" || genesis)        text: CIDv1, codec 0x0202, multihash BLAKE3
 """
@@ -76,8 +77,8 @@ class Genesis:
         reader.expect_end_untrusted()
         if len(nonce) != NONCE_BYTES or owner in writers:
             raise RemoteProtocolError("a genesis with a short nonce, or its owner among the writers")
-        if quorum > len(signers) or (signers and not quorum):
-            raise RemoteProtocolError(f"a quorum of {quorum} of {len(signers)} signers")
+        if quorum > len(signers) or (signers and 2 * quorum <= len(signers)):
+            raise RemoteProtocolError(f"a quorum of {quorum} of {len(signers)} signers: it has to be more than half")
         return cls(owner, name, nonce, writers, quorum, signers)
 
     def encode(self) -> bytes:

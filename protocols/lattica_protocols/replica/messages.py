@@ -3,8 +3,9 @@
 On a stream: u32 length (big endian) || message. A message is a msgpack array `[kind, tag: bin 8, …]`;
 the tag is the first 8 bytes of the space's id, which whoever holds the space knows:
 
-    1 HELLO           digest, checkpoint number, checkpoint id      what the sender has, in 32 bytes
-    2 FRONTIER        checkpoint number, checkpoint id, full, [[author, instance, seq, first 8 bytes of the id], …],
+    1 HELLO           digest, checkpoint number, its operations, its id
+                                                                    what the sender has, in 32 bytes
+    2 FRONTIER        checkpoint id, full, [[author, instance, seq, first 8 bytes of the id], …],
                       [[author, seq, instance], …]                  chain ends and exclusions; asks for what is missing
     3 OPERATIONS      batch, [operation, …]                         parents first. Batch 0: pushed; others want an ACK
     4 ACK             batch
@@ -16,6 +17,7 @@ the tag is the first 8 bytes of the space's id, which whoever holds the space kn
     10 UNKNOWN                                                      the sender has no such space
     11 GET_GENESIS    space id
     12 GENESIS        genesis
+    13 PROPOSAL       header, [[key, signature], …]                 a checkpoint that a quorum has to sign
 
 `full` in a FRONTIER: count only those chain ends as known whose id the receiver has. Otherwise a chain end that is
 ahead of the receiver's stands for all of the chain before it, too.
@@ -39,8 +41,10 @@ from lattica_protocols.limits import (
     REPLICA_MAX_MESSAGE_BYTES,
     REPLICA_MAX_PRESENCE_BYTES,
     REPLICA_MAX_PRESENT,
+    REPLICA_MAX_PROPOSAL_BYTES,
     REPLICA_MAX_TIPS,
     REPLICA_MAX_WANTED,
+    REPLICA_MAX_WRITERS,
 )
 
 
@@ -57,6 +61,7 @@ class Kind(enum.IntEnum):
     UNKNOWN = 10
     GET_GENESIS = 11
     GENESIS = 12
+    PROPOSAL = 13
 
 
 TAG_BYTES = 8
@@ -139,9 +144,8 @@ def _list(check: _Check, limit: int) -> _Check:
 _SOME_BYTES = _bytes_up_to(REPLICA_MAX_MESSAGE_BYTES)
 
 _SHAPES: dict[int, tuple[_Check, ...]] = {
-    Kind.HELLO: (_is_hash, _is_number, _is_hash),
+    Kind.HELLO: (_is_hash, _is_number, _is_number, _is_hash),
     Kind.FRONTIER: (
-        _is_number,
         _is_hash,
         _is_bool,
         _list(_row(_is_hash, _is_number, _is_number, _exactly(8)), REPLICA_MAX_TIPS),
@@ -164,4 +168,8 @@ _SHAPES: dict[int, tuple[_Check, ...]] = {
     Kind.UNKNOWN: (),
     Kind.GET_GENESIS: (_is_hash,),
     Kind.GENESIS: (_bytes_up_to(2 * 256 * 34 + 512),),
+    Kind.PROPOSAL: (
+        _bytes_up_to(REPLICA_MAX_PROPOSAL_BYTES),
+        _list(_row(_is_hash, _exactly(64)), REPLICA_MAX_WRITERS),
+    ),
 }

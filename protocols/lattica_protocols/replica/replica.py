@@ -24,7 +24,7 @@ from pycrdt import Doc, TransactionEvent
 from lattica_protocols.errors import LocalProtocolError, RemoteProtocolError
 from lattica_protocols.keys import PrivateKey
 from lattica_protocols.limits import REPLICA_MAX_PARENTS, REPLICA_MAX_UPDATE_BYTES
-from lattica_protocols.replica.checkpoint import Checkpoint, vector_of
+from lattica_protocols.replica.checkpoint import NO_RANK, Checkpoint, Rank, vector_of
 from lattica_protocols.replica.floor import COVERED_PREFIX, ChainEnd, Floor
 from lattica_protocols.replica.genesis import Genesis
 from lattica_protocols.replica.graph import Admission, Entry, Fork, Graph, client_id, forked_client
@@ -45,9 +45,13 @@ class Unsaved:
     forks: list[Fork] = field(default_factory=list)
     checkpoint: Checkpoint | None = None
     """Replaces all operations that it covers."""
+    lost: list[Operation] = field(default_factory=list)
+    """Of ours, left out by the checkpoint."""
+    signed: bytes = b""
+    """Header of a checkpoint that we signed as one of a quorum: no other that it does not lead to may be signed."""
 
     def __bool__(self) -> bool:
-        return bool(self.operations or self.forks or self.checkpoint)
+        return bool(self.operations or self.forks or self.checkpoint or self.lost or self.signed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +108,10 @@ class Replica:
         """The whole document as plain values, by container."""
         return document_value(self.doc)
 
+    def rank(self) -> Rank:
+        """That of our checkpoint."""
+        return NO_RANK if self.checkpoint is None else self.checkpoint.rank
+
     def _checkpoint_id(self) -> bytes:
         return bytes(32) if self.checkpoint is None else self.checkpoint.id
 
@@ -154,6 +162,12 @@ class Replica:
             self._apply(self.graph.admit(op, None, span=(start, end)), save=False, document=number > contained)
         if number < contained:
             self._rebuild()
+        for head in self.graph.heads & self.graph.entries.keys():
+            # The others are named by hashes in these; bytes of these that changed on the disk would go unnoticed.
+            op = self.graph.entries[head].op
+            op.verified = False
+            if not op.check_signature(self.space):
+                raise RemoteProtocolError("a stored operation is not the one that its author signed")
 
     def _apply(self, admission: Admission, *, save: bool = True, document: bool = True) -> Admission:
         if save:
@@ -197,9 +211,10 @@ class Replica:
         counted = self.graph.counted()
         self.tree = MerkleTree(entry.op.id for entry in counted)
         captured, self._captured = self._captured, None
-        for entry in counted:
-            if entry.op.body and entry.op.kind == Kind.EDIT:
-                self._apply_to_document(entry)
+        with self.doc.transaction():
+            for entry in counted:
+                if entry.op.body and entry.op.kind == Kind.EDIT:
+                    self._apply_to_document(entry)
         self._captured = captured
 
     # -- writing --------------------------------------------------------------------------------------------
@@ -331,12 +346,16 @@ class Replica:
         """A checkpoint of what counts now, signed with our key. It is valid once enough of the signers signed it."""
         if self.key is None:
             raise LocalProtocolError("this replica has no key")
+        return self.unsigned_checkpoint(int(unix_now)).signed(self.key)
+
+    def unsigned_checkpoint(self, time: int) -> Checkpoint:
+        """A checkpoint of what counts now."""
         graph, counted, state = self.graph, self.graph.counted(), self.doc.get_update()
         membership = graph.membership()
         chains = dict(graph.floor.chains)
         for entry in counted:
             known = chains.get(entry.op.chain)
-            if known is None or known.seq < entry.op.seq:
+            if known is None or (known.seq, entry.op.id) < (entry.op.seq, known.last):
                 chains[entry.op.chain] = ChainEnd(entry.op.seq, entry.end, entry.op.id, entry.op.time)
         handed = [entry.op.encoded for entry in counted if entry.op.kind == Kind.HAND_OVER]
         floor = Floor(
@@ -358,17 +377,43 @@ class Replica:
             ),
             handed_over=(*graph.floor.handed_over, *handed),
         )
-        made = Checkpoint.make(
+        return Checkpoint.make(
             space=self.space,
             number=1 if self.checkpoint is None else self.checkpoint.number + 1,
             previous=self._checkpoint_id(),
-            time=int(unix_now),
+            time=time,
             root=self.root(),
             operations=self.operations(),
             floor=floor,
             state=state,
         )
-        return made.signed(self.key)
+
+    def at_heads(self, heads: Iterable[bytes]) -> Replica | None:
+        """A replica that holds the operations `heads` and those before them on the same checkpoint, built in an order
+        that depends on these operations alone. None when some are not here."""
+        graph = self.graph
+        depth: dict[bytes, int] = {}
+        wanted: set[bytes] = set()
+        stack = list(heads)
+        while stack:
+            key = stack.pop()
+            if key not in wanted and not graph.floor.covers(key):
+                if key not in graph.entries:
+                    return None
+                wanted.add(key)
+                stack += graph.entries[key].op.parents
+        chosen = [entry for key, entry in graph.entries.items() if key in wanted]  # parents first
+        for entry in chosen:
+            depth[entry.op.id] = 1 + max((depth.get(parent, 0) for parent in entry.op.parents), default=0)
+        chosen.sort(key=lambda entry: (depth[entry.op.id], entry.op.id))
+        other = Replica(self.genesis)
+        if self.checkpoint is not None:
+            other.adopt(self.checkpoint, save=False)
+        other.graph.restore_forks(graph.forks.values())
+        for entry in chosen:
+            other.graph.admit(entry.op, None, span=(entry.start, entry.end))
+        other._rebuild()
+        return other
 
     def receive_checkpoint(self, data: bytes) -> bool:
         """Replace history by a checkpoint, if it ranks above ours. True when it was taken.
@@ -377,14 +422,14 @@ class Replica:
         Raises `RemoteProtocolError` when nobody signed it who may.
         """
         checkpoint = Checkpoint.decode_untrusted(data, self.genesis, self.graph.membership().owners)
-        if self.checkpoint is not None and not checkpoint.ranks_above(self.checkpoint.number, self.checkpoint.id):
+        if not checkpoint.ranks_above(self.rank()):
             return False
         self.adopt(checkpoint)
         return True
 
     def adopt(self, checkpoint: Checkpoint, *, save: bool = True) -> None:
         """Take a checkpoint that was checked."""
-        old = self.graph
+        old, lost = self.graph, list[Operation]()
         self.graph = Graph(self.space, self.genesis.owner, self.genesis.writers, checkpoint.floor)
         self.checkpoint = checkpoint
         self.graph.restore_forks(old.forks.values())
@@ -394,9 +439,11 @@ class Replica:
                 self.graph.admit(entry.op, None)
             except RemoteProtocolError:
                 if self.key is not None and entry.op.author == self.key.public_key.data:
-                    self.lost.append(entry.op)
+                    lost.append(entry.op)
+        self.lost += lost
         self._rebuild()
         if save:
+            self.unsaved.lost += lost
             self.unsaved.checkpoint = checkpoint
 
     # -- checking -------------------------------------------------------------------------------------------

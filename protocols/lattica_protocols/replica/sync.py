@@ -33,11 +33,13 @@ from lattica_protocols.limits import (
     REPLICA_MAX_PENDING_PER_PEER,
     REPLICA_MAX_WANTED,
 )
+from lattica_protocols.replica.checkpoint import Checkpoint, Rank, ranks_above
 from lattica_protocols.replica.errors import MissingParents, NotYet
 from lattica_protocols.replica.graph import Admission, Entry, Fork, Past
 from lattica_protocols.replica.messages import MAX_FORKS, Kind, Message, decode_message_untrusted, encode_message
 from lattica_protocols.replica.operation import Operation
 from lattica_protocols.replica.presence import Presence, Record
+from lattica_protocols.replica.proposal import Proposal, Proposals, Signatures
 from lattica_protocols.replica.replica import Replica
 
 HELLO_INTERVAL = (2.0, 5.0)
@@ -92,6 +94,7 @@ class ReplicaSync(Generic[Peer]):
     def __init__(self, replica: Replica, rng: random.Random, now: float) -> None:
         self.replica = replica
         self.presence = Presence(replica.space)
+        self.proposals = Proposals(replica)
         self.presence_info: bytes | None = None
         """What we announce about ourselves; None: nothing."""
         self.counters: Counter[str] = Counter()
@@ -180,8 +183,12 @@ class ReplicaSync(Generic[Peer]):
         if now >= self._hello_at:
             self._hello_at = now + self._rng.uniform(*HELLO_INTERVAL)
             self._forget_old(now)
+            self._settle_proposals(now, again=True)
             if self._neighbours:
-                self._send_hello(self._rng.choice(list(self._neighbours)))
+                peer = self._rng.choice(list(self._neighbours))
+                self._send_hello(peer)
+                for proposal in self.proposals.held():  # what was lost on its way
+                    self._send(peer, Kind.PROPOSAL, proposal.header, sorted(proposal.signatures.items()))
         if self.presence_info is not None and now >= self._presence_at:
             self.announce_presence(now, unix_now)
 
@@ -208,7 +215,7 @@ class ReplicaSync(Generic[Peer]):
         fields = message.fields
         match message.kind:
             case Kind.HELLO:
-                self._on_hello(peer, neighbour, fields[0], fields[1], fields[2], now)
+                self._on_hello(peer, neighbour, fields[0], (fields[1], fields[2], fields[3]), now)
             case Kind.FRONTIER:
                 self._on_frontier(peer, neighbour, message, now)
             case Kind.OPERATIONS:
@@ -229,12 +236,12 @@ class ReplicaSync(Generic[Peer]):
                 self._on_checkpoint(peer, *fields, now=now)
             case Kind.PRESENCE:
                 self._on_presence(peer, fields[0], now, unix_now)
+            case Kind.PROPOSAL:
+                self._on_proposal(peer, fields[0], fields[1], now)
             case Kind.GET_GENESIS if fields[0] == self.replica.space:
                 self._send(peer, Kind.GENESIS, self.replica.genesis.encode())
 
-    def _on_hello(
-        self, peer: Peer, neighbour: _Neighbour, digest: bytes, number: int, checkpoint: bytes, now: float
-    ) -> None:
+    def _on_hello(self, peer: Peer, neighbour: _Neighbour, digest: bytes, theirs: Rank, now: float) -> None:
         if digest == self.digest():
             neighbour.fruitless = 0
             if not self.in_step:
@@ -242,22 +249,19 @@ class ReplicaSync(Generic[Peer]):
                 self._send_hello(peer)
             return
         self.in_step = False
-        own = self.replica.checkpoint
-        if checkpoint != self._checkpoint_id():
-            if self._ranks_above(number, checkpoint):
-                self._get_checkpoint(peer, checkpoint, now)
-            elif own is not None:
+        own = self.replica.rank()
+        if theirs[2] != own[2]:
+            if theirs[2] not in self._bad_checkpoints and ranks_above(theirs, own):
+                self._get_checkpoint(peer, theirs[2], now)
+            elif self.replica.checkpoint is not None:
                 self._send_hello(peer)
             return
         self._send_frontier(peer, neighbour, now)
 
     def _on_frontier(self, peer: Peer, neighbour: _Neighbour, message: Message, now: float) -> None:
-        number, checkpoint, full, tips, exclusions = message.fields
-        if checkpoint != self._checkpoint_id():
-            if self._ranks_above(number, checkpoint):
-                self._get_checkpoint(peer, checkpoint, now)
-            else:
-                self._send_hello(peer)
+        checkpoint, full, tips, exclusions = message.fields
+        if checkpoint != self.replica.rank()[2]:
+            self._send_hello(peer)
             return
         news = self._answer_exclusions(peer, exclusions)
         past, ahead = self._past_of_tips(tips, full)
@@ -451,15 +455,41 @@ class ReplicaSync(Generic[Peer]):
                 self._after(admission, peer, pushed=False)
 
     # -- checkpoints ----------------------------------------------------------------------------------------
-    def _checkpoint_id(self) -> bytes:
-        return bytes(32) if self.replica.checkpoint is None else self.replica.checkpoint.id
+    def propose_checkpoint(self, now: float, unix_now: float) -> bytes:
+        """Propose a checkpoint to the quorum of the space: its id. It is taken as soon as enough signed it."""
+        proposal = self.proposals.propose(unix_now)
+        self._send_proposal(proposal)
+        self._take_complete(self.proposals.complete())
+        assert proposal.made is not None
+        return proposal.made.id
 
-    def _ranks_above(self, number: int, checkpoint: bytes) -> bool:
-        """Whether a checkpoint that somebody names is to be taken instead of ours."""
-        own = self.replica.checkpoint
-        if not number or checkpoint in self._bad_checkpoints:
-            return False
-        return own is None or (number, own.id) > (own.number, checkpoint)
+    def _on_proposal(self, peer: Peer, header: bytes, signatures: Signatures, now: float) -> None:
+        proposal = self.proposals.receive_untrusted(header, signatures)
+        if proposal is not None:
+            self._send_proposal(proposal, peer)
+            self._settle_proposals(now)
+
+    def _settle_proposals(self, now: float, *, again: bool = False) -> None:
+        signed, complete = self.proposals.settle(now, again=again)
+        for proposal in signed:
+            self._send_proposal(proposal)
+        self._take_complete(complete)
+
+    def _take_complete(self, checkpoint: Checkpoint | None) -> None:
+        if checkpoint is not None:
+            self.replica.adopt(checkpoint)
+            self._after_checkpoint()
+
+    def _after_checkpoint(self) -> None:
+        self.counters["checkpoints"] += 1
+        for neighbour in self._neighbours.values():
+            neighbour.batches.clear()
+        self.announce_checkpoint()
+
+    def _send_proposal(self, proposal: Proposal, source: Peer | None = None) -> None:
+        for peer in self._neighbours:
+            if peer != source:
+                self._send(peer, Kind.PROPOSAL, proposal.header, sorted(proposal.signatures.items()))
 
     def _get_checkpoint(self, peer: Peer, checkpoint: bytes, now: float) -> None:
         if self._download is None:
@@ -497,10 +527,7 @@ class ReplicaSync(Generic[Peer]):
                 self._give_up_checkpoint(checkpoint)
                 return
             if taken:
-                self.counters["checkpoints"] += 1
-                for neighbour in self._neighbours.values():
-                    neighbour.batches.clear()
-                self.announce_checkpoint()
+                self._after_checkpoint()
 
     def _give_up_checkpoint(self, checkpoint: bytes) -> None:
         self.counters["refused_checkpoints"] += 1
@@ -530,15 +557,14 @@ class ReplicaSync(Generic[Peer]):
         """What HELLO says we have."""
         replica = self.replica
         heads = b"".join(sorted(replica.graph.heads))
-        own = self._checkpoint_id() + replica.exclusions_digest() + heads
+        own = replica.rank()[2] + replica.exclusions_digest() + heads
         return blake3(b"lattica-replica-digest" + own).digest()
 
     def _send(self, peer: Peer, kind: Kind, *fields: object) -> None:
         self._transmit.append((peer, encode_message(kind, self.replica.space, *fields)))
 
     def _send_hello(self, peer: Peer) -> None:
-        number = 0 if self.replica.checkpoint is None else self.replica.checkpoint.number
-        self._send(peer, Kind.HELLO, self.digest(), number, self._checkpoint_id())
+        self._send(peer, Kind.HELLO, self.digest(), *self.replica.rank())
 
     def _send_frontier(self, peer: Peer, neighbour: _Neighbour, now: float) -> None:
         if now - neighbour.frontier_at < FRONTIER_PAUSE:
@@ -552,9 +578,8 @@ class ReplicaSync(Generic[Peer]):
                 last = next((entry for entry in reversed(branch.entries) if entry.counted), None)
                 if last is not None:
                     tips.append((author, instance, last.op.seq, last.op.id[:8]))
-        number = 0 if self.replica.checkpoint is None else self.replica.checkpoint.number
         exclusions = self.replica.graph.exclusions()
-        self._send(peer, Kind.FRONTIER, number, self._checkpoint_id(), full, tips, exclusions)
+        self._send(peer, Kind.FRONTIER, self.replica.rank()[2], full, tips, exclusions)
 
     def _send_batches(self, peer: Peer, neighbour: _Neighbour, now: float) -> None:
         while neighbour.batches and len(neighbour.in_flight) < REPLICA_BATCHES_IN_FLIGHT:
