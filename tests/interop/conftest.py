@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
-from install_peers import install_p2pd, install_rust_lattica
+from install_peers import install_js_libp2p, install_p2pd, install_rust_lattica
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +17,10 @@ def p2pd_binary() -> Path:
 @pytest.fixture(scope="session")
 def rust_python() -> Path:
     return install_rust_lattica()
+
+
+@pytest.fixture(scope="session")
+def js_home() -> Path:
+    if shutil.which("npm") is None:
+        pytest.skip("npm is missing (Debian: apt install npm)")
+    return install_js_libp2p()

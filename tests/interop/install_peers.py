@@ -1,13 +1,15 @@
-"""Install the other implementations, each from PyPI into a place of its own below `.venv-peers`.
+"""Install the other implementations, each from its registry into a place of its own below `.venv-peers`.
 
 * Go: `p2pd` (go-libp2p) is a static binary inside the hivemind wheel; nothing of hivemind itself is installed.
 * Rust: the `lattica` wheel (rust-libp2p), in a virtual environment of its own because it would shadow our package.
+* JavaScript: js-libp2p from npm, with a Node.js of its own (also from npm: js-libp2p needs 22, machines often have older).
 
 Run directly (`python tests/interop/install_peers.py`) or through the fixtures; done once, repeated calls do nothing.
 """
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import venv
@@ -56,5 +58,22 @@ def install_rust_lattica() -> Path:
     return python
 
 
+def install_js_libp2p() -> Path:
+    """The folder with `node_modules` and our worker. Raises `FileNotFoundError` where npm is missing."""
+    home = PEERS / "js"
+    home.mkdir(parents=True, exist_ok=True)
+    sources = Path(__file__).with_name("js")
+    installed = home / "package.json"
+    wanted = (sources / "package.json").read_bytes()
+    shutil.copy(sources / "js_worker.mjs", home)
+    if not (installed.exists() and installed.read_bytes() == wanted and (home / ".done").exists()):
+        (home / ".done").unlink(missing_ok=True)
+        installed.write_bytes(wanted)
+        command = ["npm", "install", "--no-audit", "--no-fund", "--loglevel=error"]
+        subprocess.run(command, cwd=home, check=True, timeout=600, stdin=subprocess.DEVNULL)
+        (home / ".done").touch()
+    return home
+
+
 if __name__ == "__main__":
-    sys.stdout.write(f"{install_p2pd()}\n{install_rust_lattica()}\n")
+    sys.stdout.write(f"{install_p2pd()}\n{install_rust_lattica()}\n{install_js_libp2p()}\n")

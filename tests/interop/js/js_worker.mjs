@@ -1,0 +1,95 @@
+// A js-libp2p peer that obeys JSON lines: {"do": name, "args": [...]} in, {"ok": ...} or {"error": ...} out.
+import { createInterface } from 'node:readline'
+import { noise } from '@chainsafe/libp2p-noise'
+import { quic } from '@chainsafe/libp2p-quic'
+import { yamux } from '@chainsafe/libp2p-yamux'
+import { circuitRelayServer, circuitRelayTransport } from '@libp2p/circuit-relay-v2'
+import { identify, identifyPush } from '@libp2p/identify'
+import { kadDHT, passthroughMapper } from '@libp2p/kad-dht'
+import { peerIdFromString } from '@libp2p/peer-id'
+import { ping } from '@libp2p/ping'
+import { tcp } from '@libp2p/tcp'
+import { multiaddr } from '@multiformats/multiaddr'
+import { createLibp2p } from 'libp2p'
+import { CID } from 'multiformats/cid'
+
+const settings = JSON.parse(process.argv[2]) ?? {}
+const transports = { tcp: tcp(), quic: quic(), relay: circuitRelayTransport() }
+const services = {
+  identify: identify(),
+  identifyPush: identifyPush(),
+  ping: ping({ runOnLimitedConnection: true }),
+  dht: kadDHT({
+    protocol: settings.kad ?? '/ipfs/kad/1.0.0',
+    clientMode: false,
+    peerInfoMapper: passthroughMapper, // the default drops loopback addresses
+    allowQueryWithZeroPeers: true
+  })
+}
+if (settings.relay) services.relay = circuitRelayServer()
+const node = await createLibp2p({
+  addresses: { listen: settings.listen },
+  transports: settings.transports.map((name) => transports[name]),
+  connectionEncrypters: [noise()],
+  streamMuxers: [yamux()],
+  services,
+  connectionGater: { denyDialMultiaddr: () => false } // loopback, too
+})
+
+await node.handle('/echo/1', (stream) => {
+  stream.addEventListener('message', (event) => stream.send(event.data))
+  stream.addEventListener('remoteCloseWrite', () => stream.close())
+}, { runOnLimitedConnection: true })
+
+const soon = () => ({ signal: AbortSignal.timeout(15_000) })
+
+const commands = {
+  dial: async (addr) => {
+    const connection = await node.dial(multiaddr(addr))
+    return { addr: connection.remoteAddr.toString(), muxer: connection.multiplexer }
+  },
+  ping: (addr) => node.services.ping.ping(multiaddr(addr), soon()),
+  addrs: () => node.getMultiaddrs().map(String),
+  known: async (peer) => {
+    const found = await node.peerStore.get(peerIdFromString(peer))
+    return { protocols: found.protocols, agent: new TextDecoder().decode(found.metadata.get('AgentVersion')) }
+  },
+  find_peer: async (peer) => (await node.peerRouting.findPeer(peerIdFromString(peer), soon())).multiaddrs.map(String),
+  provide: (cid) => node.contentRouting.provide(CID.parse(cid), soon()),
+  find_provider: async (cid) => {
+    for await (const provider of node.contentRouting.findProviders(CID.parse(cid), soon())) return provider.id.toString()
+  },
+  // Sends `count` messages of `size` bytes, and resolves to how many came back in order.
+  echo: async (addr, count, size) => {
+    const stream = await node.dialProtocol(multiaddr(addr), '/echo/1', { runOnLimitedConnection: true })
+    let received = 0
+    const done = new Promise((resolve, reject) => {
+      stream.addEventListener('message', (event) => {
+        for (const byte of event.data.subarray()) {
+          if (byte !== Math.floor(received / size) % 251) reject(new Error(`byte ${received} is wrong`))
+          received += 1
+        }
+        if (received === count * size) resolve()
+      })
+      stream.addEventListener('close', (event) => reject(new Error(`closed after ${received} bytes: ${event.error}`)))
+    })
+    for (let i = 0; i < count; i++) {
+      if (!stream.send(new Uint8Array(size).fill(i % 251))) await stream.onDrain(soon())
+    }
+    await stream.close()
+    await done
+    return received
+  }
+}
+
+const say = (value) => process.stdout.write(JSON.stringify(value) + '\n')
+say({ peer_id: node.peerId.toString(), addrs: node.getMultiaddrs().map(String) })
+for await (const line of createInterface({ input: process.stdin })) {
+  const command = JSON.parse(line)
+  try {
+    say({ ok: await commands[command.do](...command.args) ?? null })
+  } catch (error) {
+    say({ error: `${error.name}: ${error.message}` })
+  }
+}
+process.exit(0)
