@@ -24,9 +24,11 @@ little to send (flags, window updates, up to 8 KiB of data), then one share of a
 round-robin. So a small message waits for at most one share of bulk data. When small traffic alone fills the
 messages, every fourth begins with bulk.
 
-Growing windows: when the peer used half of a stream's window in less than four round trips, the window is the
-brake, so it is doubled, up to 16 MiB a stream and 64 MiB a connection (after go-yamux's auto-tuning, and
-TCP's).
+Growing windows: what the reader took is measured over a round trip or more. While a window is smaller than twice the
+bytes of one round trip at that rate, it may be the brake, so it is doubled, up to 16 MiB a stream and 64 MiB a
+connection. No larger than that: what is in flight beyond it stands in a queue somewhere, and small messages behind it.
+(The rule of go-yamux and quic-go, a time for half a window, takes one quick burst out of the kernel's buffers for a
+quick path, and doubles for good.)
 """
 
 from __future__ import annotations
@@ -63,9 +65,12 @@ GO_AWAY_INTERNAL_ERROR: Final = 2
 SMALL_SHARE: Final = 8192
 """A stream with no more than this queued is served before bulk."""
 _BULK_TURN: Final = 4
-_ASSUMED_ROUND_TRIP: Final = 0.0005
+_ASSUMED_ROUND_TRIP: Final = 0.0002
 """Seconds. Lower bound of the round trip for growing windows: below it, waking a process up is what takes the
 time."""
+_SHORTEST_MEASUREMENT: Final = 0.002
+"""Seconds over which a rate is measured at least: several turns of both ends' schedulers, so that one burst is no
+rate."""
 _MAX_U32: Final = 2**32 - 1
 _KNOWN_FLAGS: Final = FLAG_SYN | FLAG_ACK | FLAG_FIN | FLAG_RST
 
@@ -353,17 +358,25 @@ class YamuxSession:
         due = stream.window - stream.receive_window - stream.unconsumed
         if due * 2 < stream.window:
             return
-        if stream.pending_grant == 0:
-            elapsed = now - stream.granted_at
-            stream.granted_at = now
-            round_trip = max(self.round_trip or 0.0, _ASSUMED_ROUND_TRIP)
-            extra = min(stream.window, min(self._max_window, stream.max_window) - stream.window)
-            if elapsed < 4 * round_trip and 0 < extra <= YAMUX_MAX_EXTRA_WINDOWS - self._extra_windows:
-                self._extra_windows += extra
-                stream.window += extra
-                due += extra
-        stream.pending_grant = due
+        extra = self._growth(stream, due - stream.pending_grant, now)
+        self._extra_windows += extra
+        stream.window += extra
+        stream.pending_grant = due + extra
         self._schedule(stream)
+
+    def _growth(self, stream: YamuxStream, taken: int, now: float) -> int:
+        """By how much the window grows, after the reader took `taken` more bytes."""
+        stream.measured_bytes += taken
+        elapsed = now - stream.measured_since
+        round_trip = max(self.round_trip or 0.0, _ASSUMED_ROUND_TRIP)
+        if elapsed < max(round_trip, _SHORTEST_MEASUREMENT):
+            return 0
+        needed = 2 * stream.measured_bytes * round_trip / elapsed
+        stream.measured_bytes, stream.measured_since = 0, now
+        extra = min(stream.window, min(self._max_window, stream.max_window) - stream.window)
+        if stream.window < needed and 0 < extra <= YAMUX_MAX_EXTRA_WINDOWS - self._extra_windows:
+            return extra
+        return 0
 
     # -- receiving -------------------------------------------------------------------------------------------
     def receive_untrusted(self, data: memoryview, now: float) -> None:

@@ -39,13 +39,14 @@ class YamuxStream:
         "fin_received",
         "fin_sent",
         "flags_due",
-        "granted_at",
         "granting",
         "id",
         "inbound",
         "is_reset",
         "lane",
         "max_window",
+        "measured_bytes",
+        "measured_since",
         "pending_grant",
         "queue",
         "queued",
@@ -86,7 +87,9 @@ class YamuxStream:
         self.unconsumed = 0
         self.pending_grant = 0
         self.granting = True
-        self.granted_at = now
+        self.measured_bytes = 0
+        """Taken by the reader since `measured_since`."""
+        self.measured_since = now
         self.fin_received = False
         self.is_reset = False
 

@@ -264,8 +264,8 @@ def test_windows_grow_while_they_are_the_brake() -> None:
     a, b = opened(alice, bob)
     bob.round_trip = 0.1
     now = 0.0
-    for _ in range(300):
-        alice.write(a, bytes(1 << 20))
+    for _ in range(20):
+        alice.write(a, bytes((16 << 20) - a.queued))
         received = data_of(feed(bob, output(alice), now))
         bob.consume(b, len(received), now)
         feed(alice, output(bob), now)
@@ -285,15 +285,31 @@ def test_windows_stay_when_the_peer_is_slow() -> None:
     assert b.window == YAMUX_INITIAL_WINDOW
 
 
+def test_a_window_grows_to_what_the_path_holds_and_no_further() -> None:
+    """100 MB/s over 20 ms are 2 MB in flight: after that the window is not the brake, however quick single bursts are."""
+    alice, bob = pair()
+    a, b = opened(alice, bob)
+    bob.round_trip = 0.02
+    now = 0.0
+    for _ in range(2000):
+        alice.write(a, bytes(max(0, 2_000_000 - a.queued)))
+        received = len(data_of(feed(bob, output(alice), now)))
+        for part in range(4):  # what came at once is read at once
+            bob.consume(b, received * (part + 1) // 4 - received * part // 4, now)
+        feed(alice, output(bob), now)
+        now += max(received / 100e6, 0.02)
+    assert 4_000_000 <= b.window < 8_000_000
+
+
 def test_all_windows_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(yamux, "YAMUX_MAX_EXTRA_WINDOWS", 2 << 20)
     alice, bob = pair()
     bob.round_trip = 1.0
     streams = [opened(alice, bob) for _ in range(12)]
-    for _ in range(4):
+    for turn in range(1, 5):
         for a, b in streams:
             alice.write(a, bytes(b.receive_window))
-            bob.consume(b, len(data_of(feed(bob, output(alice)))), 0.0)
+            bob.consume(b, len(data_of(feed(bob, output(alice)))), float(turn))
             feed(alice, output(bob))
     assert sum(b.window - YAMUX_INITIAL_WINDOW for _, b in streams) == 2 << 20
     for _, b in streams:
