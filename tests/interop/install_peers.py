@@ -2,7 +2,7 @@
 
 * Go: `p2pd` (go-libp2p) is a static binary inside the hivemind wheel; nothing of hivemind itself is installed.
 * Rust: the `lattica` wheel (rust-libp2p), in a virtual environment of its own because it would shadow our package.
-* JavaScript: js-libp2p from npm, with a Node.js of its own (also from npm: js-libp2p needs 22, machines often have older).
+* JavaScript: js-libp2p from npm, with a Node.js of its own (from npm, too: it needs 22, which machines often lack).
 
 Run directly (`python tests/interop/install_peers.py`) or through the fixtures; done once, repeated calls do nothing.
 """

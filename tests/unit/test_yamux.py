@@ -286,7 +286,7 @@ def test_windows_stay_when_the_peer_is_slow() -> None:
 
 
 def test_a_window_grows_to_what_the_path_holds_and_no_further() -> None:
-    """100 MB/s over 20 ms are 2 MB in flight: after that the window is not the brake, however quick single bursts are."""
+    """100 MB/s over 20 ms are 2 MB in flight: after that the window is not the brake, however quick a burst is."""
     alice, bob = pair()
     a, b = opened(alice, bob)
     bob.round_trip = 0.02
