@@ -22,6 +22,7 @@ from lattica.client.wire import (
     check_service_name,
     decode_result,
     encode_call,
+    expect_callers,
     route_of,
     session_over,
 )
@@ -180,6 +181,7 @@ class AsyncClient(DaemonVerbs):
         that are least busy. Raises `ValueError` when the name is no name, `InvalidArgument` when it is the daemon's.
         """
         check_service_name(name)
+        expect_callers()
         methods = methods_of(service)
         if name in self._services:
             raise ValueError(f"the service {name} is offered already")

@@ -30,6 +30,7 @@ from lattica.client.wire import (
     check_service_name,
     decode_result,
     encode_call,
+    expect_callers,
     route_of,
     session_over,
 )
@@ -229,6 +230,7 @@ class Client(DaemonVerbs):
         name is taken by the daemon or no name, or when a method is `async`.
         """
         check_service_name(name)
+        expect_callers()
         methods = methods_of(service)
         check_methods(name, methods)
         if name in self._services:

@@ -145,6 +145,11 @@ def check_service_name(name: str) -> None:
         )
 
 
+def expect_callers() -> None:
+    """Load what is needed to tell who calls: whoever serves, not its first caller, should wait for that."""
+    import lattica_protocols.peer_id  # noqa: F401
+
+
 def decode_request(
     call: Call, method: Method, head: bytes, tail: Buffer
 ) -> tuple[list[Any], dict[str, Any]] | tuple[int, str, str]:
