@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from install_peers import install_js_libp2p, install_p2pd, install_rust_lattica
+from install_peers import install_js_libp2p, install_p2pd, install_py_libp2p, install_rust_lattica
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +24,8 @@ def js_home() -> Path:
     if shutil.which("npm") is None:
         pytest.skip("npm is missing (Debian: apt install npm)")
     return install_js_libp2p()
+
+
+@pytest.fixture(scope="session")
+def py_libp2p_python() -> Path:
+    return install_py_libp2p()

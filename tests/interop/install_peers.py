@@ -2,6 +2,7 @@
 
 * Go: `p2pd` (go-libp2p) is a static binary inside the hivemind wheel; nothing of hivemind itself is installed.
 * Rust: the `lattica` wheel (rust-libp2p), in a virtual environment of its own because it would shadow our package.
+* Python: py-libp2p, in a virtual environment of its own because of what it pins.
 * JavaScript: js-libp2p from npm, with a Node.js of its own (from npm, too: it needs 22, which machines often lack).
 
 Run directly (`python tests/interop/install_peers.py`) or through the fixtures; done once, repeated calls do nothing.
@@ -20,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PEERS = ROOT / ".venv-peers"
 HIVEMIND = "hivemind==1.1.12"
 RUST_LATTICA = "lattica==1.0.21"
+PY_LIBP2P = "libp2p==0.8.1"
 
 
 def _pip(python: Path | str, *args: str) -> None:
@@ -48,12 +50,21 @@ def install_p2pd() -> Path:
 
 def install_rust_lattica() -> Path:
     """The python of an environment with the Rust wheel."""
-    home = PEERS / "rust"
+    return _environment("rust", "--only-binary=lattica", RUST_LATTICA)
+
+
+def install_py_libp2p() -> Path:
+    """The python of an environment with py-libp2p."""
+    return _environment("py", PY_LIBP2P)
+
+
+def _environment(name: str, *wanted: str) -> Path:
+    home = PEERS / name
     python = home / "bin" / "python"
     done = home / ".done"
     if not done.exists():
         venv.create(home, with_pip=True, clear=True)
-        _pip(python, "install", "--only-binary=lattica", RUST_LATTICA)
+        _pip(python, "install", *wanted)
         done.touch()
     return python
 
@@ -76,4 +87,5 @@ def install_js_libp2p() -> Path:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(f"{install_p2pd()}\n{install_rust_lattica()}\n{install_js_libp2p()}\n")
+    for install in (install_p2pd, install_rust_lattica, install_py_libp2p, install_js_libp2p):
+        sys.stdout.write(f"{install()}\n")
