@@ -2,7 +2,7 @@
 
     T0  boxes of the simulated internet (also part of `make test`)
     T1  real daemons and kernel NATs (nftables) in namespaces inside `unshare -Urnm`: no root needed
-    T2  delay, loss and rate limits on T1: needs root and /dev/net/tun
+    T2  the same with delay, loss, slow lines and boxes that restart: needs a TUN device, so root on most machines
 
 Arguments go to pytest: `python tests/nat/run.py -k symseq`.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -20,6 +21,9 @@ sys.path.insert(0, str(HERE))
 
 from nat_lab import missing  # noqa: E402
 
+PEERS = ROOT / "tests" / "interop" / "install_peers.py"
+SECONDS = {"T0": 180, "T1": 540, "T2": 240}
+"""What a tier may take; it is ended then, and failed. About twice what it takes on two cores."""
 INSIDE = 'mount -t tmpfs none /run && mkdir /run/netns && exec "$@"'
 """`ip netns` keeps its names under /run, which is not ours outside."""
 
@@ -35,18 +39,55 @@ def lab_problem() -> str | None:
     return missing()
 
 
+def tun_problem() -> str | None:
+    """Why T2 cannot run where T1 can."""
+    probe = in_namespaces([sys.executable, str(HERE / "tun_core.py"), "--probe"])
+    done = subprocess.run(probe, capture_output=True, text=True, check=False)
+    return done.stderr.strip() if done.returncode else None
+
+
+def in_namespaces(command: list[str]) -> list[str]:
+    """Nothing of what `command` makes is left when it ends."""
+    return ["unshare", "-Urnm", "--fork", "--kill-child", "sh", "-c", INSIDE, "sh", *command]
+
+
+def run_tier(tier: str, command: list[str], environment: dict[str, str]) -> int:
+    started = time.monotonic()
+    try:
+        code = subprocess.run(command, cwd=ROOT, env=environment, check=False, timeout=SECONDS[tier]).returncode
+    except subprocess.TimeoutExpired:
+        sys.stderr.write(f"{tier}: ended after {SECONDS[tier]} s\n")
+        code = 1
+    sys.stdout.write(f"{tier}: {time.monotonic() - started:.0f} s\n")
+    return code
+
+
+def install_peers() -> None:
+    """Here, because there is no network inside; tests whose peer is missing say so."""
+    done = subprocess.run([sys.executable, str(PEERS)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.stderr.write(f"the peers of tests/interop could not be installed: {done.stderr.strip()[-300:]}\n")
+
+
 def main(arguments: list[str]) -> int:
     pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
     simulated = sorted(str(path) for path in (ROOT / "tests" / "sim").glob("test_nat_*.py"))
-    codes = {"T0": subprocess.run([*pytest, *simulated], cwd=ROOT, check=False).returncode}
-    skipped = {"T2": "not there yet"}
+    over_tun = sorted(str(path) for path in HERE.glob("test_tun_*.py"))
+    codes = {"T0": run_tier("T0", [*pytest, *simulated], {**os.environ})}
+    skipped = {}
+    environment = {**os.environ, "LATTICA_NAT_LAB": "1"}
     problem = lab_problem()
     if problem is None:
-        command = ["unshare", "-Urnm", "--fork", "--kill-child", "sh", "-c", INSIDE, "sh", *pytest, str(HERE)]
-        environment = {**os.environ, "LATTICA_NAT_LAB": "1"}
-        codes["T1"] = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+        install_peers()
+        kernel = [*pytest, str(HERE), f"--ignore-glob={HERE}/test_tun_*.py"]
+        codes["T1"] = run_tier("T1", in_namespaces(kernel), environment)
     else:
         skipped["T1"] = problem
+    problem = problem or tun_problem()
+    if problem is None:
+        codes["T2"] = run_tier("T2", in_namespaces([*pytest, *over_tun]), environment)
+    else:
+        skipped["T2"] = problem
     for tier, code in codes.items():
         sys.stdout.write(f"{tier}: {'passed' if code == 0 else 'nothing selected' if code == 5 else 'FAILED'}\n")
     for tier, reason in sorted(skipped.items()):
