@@ -607,6 +607,10 @@ PUNCH_PER_IP_PER_SECOND = 8.0
 """Datagrams and connection attempts towards one IP address, whoever asked for them. Many partners together cannot make
 us flood somebody; 8 a second are what a browser opens for one page."""
 
+PUNCH_QUIC_DIAL = 20
+"""What dialling QUIC at an address that is not proven counts in that account: an Initial has 1,200 bytes, twenty times a
+probe, and is repeated while nobody answers."""
+
 PUNCH_TRACKED_IPS = 1024
 """IP addresses in that account; with more than that at a time nothing is punched for the rest."""
 

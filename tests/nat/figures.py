@@ -153,9 +153,9 @@ class LabFigures:
             other = self.daemon(f"idle-peer{i}", self.lab.public_host(), PUBLIC, relays=1)
             one.json("peer", "connect", other.address("tcp"))
         time.sleep(15.0)  # identify, discovery of the NAT, relay search: what happens once
-        before = wire_bytes(host)
+        before = sum(host.wire_bytes())
         time.sleep(seconds)
-        figure = f"{(wire_bytes(host) - before) / seconds:.0f} B/s"
+        figure = f"{(sum(host.wire_bytes()) - before) / seconds:.0f} B/s"
         yield "idle: one relay, 8 peers, on the wire", figure, "1000 B/s", f"T1, {seconds:g} s"
 
 
@@ -165,13 +165,6 @@ def relayed_addr(daemon: LabDaemon) -> str | None:
         if "/tcp/443/" in addr and "/ip4/198.18." in addr and "/p2p-circuit" in addr:
             return f"{addr}/p2p/{daemon.peer_id}"
     return None
-
-
-def wire_bytes(host: LabHost) -> int:
-    """Sent and received on its interface, headers included."""
-    lines = host.netns.run(["cat", "/proc/net/dev"]).stdout.splitlines()
-    fields = next(line for line in lines if line.strip().startswith("eth0:")).split(":")[1].split()
-    return int(fields[0]) + int(fields[8])
 
 
 def show(row: Row) -> None:

@@ -32,6 +32,12 @@ class LabHost:
     more: list[str] = field(default_factory=list)
     """Further addresses."""
 
+    def wire_bytes(self) -> tuple[int, int]:
+        """Received and sent on its interface, headers included."""
+        lines = self.netns.run(["cat", "/proc/net/dev"]).stdout.splitlines()
+        fields = next(line for line in lines if line.strip().startswith("eth0:")).split(":")[1].split()
+        return int(fields[0]), int(fields[8])
+
 
 class LabBox:
     """A NAT or firewall and the network behind it."""
