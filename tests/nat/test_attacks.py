@@ -6,15 +6,24 @@ import json
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+import trio
 from lab_daemons import LabDaemon, wait_until
 from nat_lab import Lab, LabHost
+from spread_lab import SpreadLab
 
+from lattica.errors import DialError
+from lattica.interfaces import Stream
+from lattica.node import Node, NodeConfig, open_node
+from lattica.relay.requests import open_circuit, reserve
 from lattica_protocols import limits
+from lattica_protocols.multiaddr import Multiaddr
+from lattica_protocols.peer_id import PeerId
 
 NATTED = '[relay]\nuse = "always"\n[discovery]\nmode = "client"\n'
 ANNOUNCING = '[listen]\nannounce = {addrs}\n[relay]\nuse = "never"\n[discovery]\nmode = "client"\n'
@@ -99,3 +108,117 @@ def test_a_third_party_gets_next_to_nothing(stack: ExitStack, tmp_path: Path) ->
     print(f"{ROUNDS} connections in {seconds:.1f} s for {spent} bytes: {dict(packets)}, {size} bytes")  # noqa: T201
     assert sum(packets.values()) <= limits.PUNCH_PER_IP_BURST + seconds * limits.PUNCH_PER_IP_PER_SECOND
     assert size < spent / 20, "no amplification worth the name"
+
+
+# -- on a relay -------------------------------------------------------------------------------------------------------
+FLOODERS = 100
+
+
+def resident_mib(daemon: LabDaemon) -> float:
+    text = Path(f"/proc/{daemon.process.pid}/status").read_text()
+    return int(text.split("VmRSS:")[1].split()[0]) / 1024
+
+
+class Flood:
+    """Many identities on one host of the lab, all connected with one relay."""
+
+    def __init__(self, relay: LabDaemon, nodes: list[Node]) -> None:
+        self.relay = Multiaddr.parse(relay.address("tcp"))
+        self.nodes = nodes
+        self.outcomes: Counter[str] = Counter()
+        self.streams: list[Stream] = []
+
+    async def connect(self) -> None:
+        """One after the other: a relay lets few handshakes of one address run at a time."""
+        for node in self.nodes:
+            await node.host.connect(self.relay.peer_id(), [self.relay])
+
+    async def reserve_all(self) -> None:
+        async with trio.open_nursery() as nursery:
+            for node in self.nodes:
+                nursery.start_soon(self._reserve, node)
+
+    async def _reserve(self, node: Node) -> None:
+        via = await node.host.connect(self.relay.peer_id(), [self.relay])
+        try:
+            await reserve(node.host, via)
+        except DialError as error:
+            self.outcomes[str(error).rpartition(": ")[2]] += 1
+        else:
+            self.outcomes["granted"] += 1
+
+    async def connect_all(self, target: PeerId, each: int) -> None:
+        """Circuits that are opened and then left alone: nobody speaks, nobody reads."""
+        async with trio.open_nursery() as nursery:
+            for node in self.nodes:
+                for _ in range(each):
+                    nursery.start_soon(self._connect, node, target)
+
+    async def _connect(self, node: Node, target: PeerId) -> None:
+        via = await node.host.connect(self.relay.peer_id(), [self.relay])
+        try:
+            opened = await open_circuit(node.host, via, target)
+        except DialError as error:
+            self.outcomes[str(error).rpartition(": ")[2]] += 1
+        else:
+            self.outcomes["open"] += 1
+            self.streams.append(opened.stream)
+
+
+@asynccontextmanager
+async def flood(relay: LabDaemon, count: int) -> AsyncIterator[Flood]:
+    async with AsyncExitStack() as stack:
+        config = NodeConfig(listen=[], relay_use="never", punch=False, mdns=False, port_mapping=False)
+        yield Flood(relay, [await stack.enter_async_context(open_node(config)) for _ in range(count)])
+
+
+def meets(a: LabDaemon, b: LabDaemon) -> float:
+    """Seconds until an honest pair has an answer over the relay."""
+    started = time.monotonic()
+    a.json("peer", "connect", relayed(b))
+    a.json("peer", "ping", b.peer_id, "--count", "1")
+    seconds = time.monotonic() - started
+    a.json("peer", "disconnect", b.peer_id)
+    return seconds
+
+
+def test_floods_of_reservations_and_circuits(stack: ExitStack, tmp_path: Path, run: Callable[..., Any]) -> None:
+    """A hundred identities of one host take what an address range gets and no more, and an honest pair has its way: also
+    to a peer at which as many circuits as it takes stand open and silent."""
+    lab = SpreadLab()
+    (relay,) = start_relays(lab, tmp_path, stack, 1)
+    bootstrap = ("--bootstrap", relay.address())
+    honest = []
+    for i in range(2):
+        honest.append(LabDaemon(lab.host_behind("sym"), tmp_path / f"honest{i}", *bootstrap, settings=NATTED))
+        stack.callback(honest[-1].stop)
+        honest[-1].wait_reserved()
+    meets(*honest)
+    before = resident_mib(relay)
+    attacker = lab.public_host()
+
+    reserved: Counter[str] = Counter()
+    opened: Counter[str] = Counter()
+    seconds: list[float] = []
+
+    async def main() -> None:
+        async with flood(relay, FLOODERS) as made:
+            await made.connect()
+            await made.reserve_all()
+            reserved.update(made.outcomes)
+            seconds.append(await trio.to_thread.run_sync(meets, *honest))
+            made.outcomes.clear()
+            await made.connect_all(PeerId.parse(honest[1].peer_id), 4)
+            opened.update(made.outcomes)
+            seconds.append(await trio.to_thread.run_sync(meets, *honest))
+
+    with attacker.netns.entered():
+        run(main, seconds=90)
+    grown = resident_mib(relay) - before
+    print(f"{dict(reserved)}, {dict(opened)}; an honest pair {seconds}; {before:.0f} MiB and {grown:.0f}")  # noqa: T201
+    assert sum(reserved.values()) == FLOODERS
+    assert reserved["granted"] == limits.RELAY_MAX_RESERVATIONS_PER_RANGE
+    assert sum(opened.values()) == 4 * FLOODERS
+    assert opened["open"], "else nothing was attacked"
+    assert max(seconds) < 2.0
+    assert grown < 40
