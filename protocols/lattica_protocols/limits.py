@@ -552,8 +552,8 @@ RELAY_MAX_CIRCUITS_PER_TARGET = 128
 """Circuits to one peer: a worker with many clients. The inbound streams of its connection end at 512."""
 
 RELAY_MAX_CIRCUITS_PER_RANGE = 96
-"""Circuits opened from one IPv4 /24 or IPv6 /48 (loopback aside). Less than one target may have: a range must not be able
-to keep all others from it."""
+"""Circuits opened from one IPv4 /24 or IPv6 /48 (loopback aside). Less than one target may have: a range must not be
+able to keep all others from it."""
 
 RELAY_REQUESTS_PER_SECOND = 5.0
 RELAY_REQUEST_BURST = 64
@@ -609,8 +609,8 @@ PUNCH_PER_IP_PER_SECOND = 8.0
 us flood somebody; 8 a second are what a browser opens for one page."""
 
 PUNCH_QUIC_DIAL = 20
-"""What dialling QUIC at an address that is not proven counts in that account: an Initial has 1,200 bytes, twenty times a
-probe, and is repeated while nobody answers."""
+"""What dialling QUIC at an address that is not proven counts in that account: an Initial has 1,200 bytes, twenty times
+a probe, and is repeated while nobody answers."""
 
 PUNCH_TRACKED_IPS = 1024
 """IP addresses in that account; with more than that at a time nothing is punched for the rest."""

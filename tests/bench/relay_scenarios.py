@@ -2,9 +2,9 @@
 
     python tests/bench/relay_scenarios.py [--quick]
 
-Or as scenarios of `run.py` (`RELAY_SCENARIOS`). The relay and socat are each kept on one core, and what is compared is the
-bytes they carry per second of their CPU time: the two ends of the encrypted path need as much as the relay, and would
-otherwise share its core. socat is taken plain (it moves 8 KiB at a time) and, for orientation, with 64 KiB.
+Or as scenarios of `run.py`. The relay and socat are each kept on one core, and what is compared is the bytes they
+carry per second of their CPU time: the two ends of the encrypted path need as much as the relay, and would otherwise
+share its core. socat is taken plain (it moves 8 KiB at a time) and, for orientation, with 64 KiB.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def lab_problem() -> str | None:
     return missing()
 
 
-def tun_problem() -> str | None:
+def no_tun() -> str | None:
     """Why T2 cannot run where T1 can."""
     probe = in_namespaces([sys.executable, str(HERE / "tun_core.py"), "--probe"])
     done = subprocess.run(probe, capture_output=True, text=True, check=False)
@@ -85,7 +85,7 @@ def main(arguments: list[str]) -> int:
         codes["T1"] = run_tier("T1", in_namespaces(kernel), environment)
     else:
         skipped["T1"] = problem
-    problem = problem or tun_problem()
+    problem = problem or no_tun()
     if problem is None:
         codes["T2"] = run_tier("T2", in_namespaces([*pytest, *over_tun]), environment)
     else:

@@ -89,7 +89,8 @@ def test_a_third_party_gets_next_to_nothing(stack: ExitStack, tmp_path: Path) ->
     stack.callback(target.stop)
     target.wait_reserved()
     victim = lab.public_host()
-    addrs = [f"/ip4/{victim.address}/{rest}" for i in range(16) for rest in (f"udp/{5000 + i}/quic-v1", f"tcp/{80 + i}")]
+    at = f"/ip4/{victim.address}"
+    addrs = [addr for i in range(16) for addr in (f"{at}/udp/{5000 + i}/quic-v1", f"{at}/tcp/{80 + i}")]
     settings = ANNOUNCING.format(addrs=json.dumps(addrs))
     attacker = LabDaemon(lab.host_behind("sym"), tmp_path / "attacker", settings=settings)
     stack.callback(attacker.stop)
@@ -183,8 +184,8 @@ def meets(a: LabDaemon, b: LabDaemon) -> float:
 
 
 def test_floods_of_reservations_and_circuits(stack: ExitStack, tmp_path: Path, run: Callable[..., Any]) -> None:
-    """A hundred identities of one host take what an address range gets and no more, and an honest pair has its way: also
-    to a peer at which as many circuits as it takes stand open and silent."""
+    """A hundred identities of one host take what an address range gets and no more, and an honest pair has its way,
+    also to a peer at which as many circuits as it takes stand open and silent."""
     lab = SpreadLab()
     (relay,) = start_relays(lab, tmp_path, stack, 1)
     bootstrap = ("--bootstrap", relay.address())

@@ -101,6 +101,15 @@ def open_tun(name: str) -> int:
     return device
 
 
+def tun_problem() -> str | None:
+    """Why no TUN device can be made in this namespace, `None` when it can."""
+    try:
+        os.close(open_tun("probe"))
+    except OSError as error:
+        return f"no TUN device can be made here ({error.strerror}: /dev/net/tun)"
+    return None
+
+
 # -- the process -----------------------------------------------------------------------------------------------------
 class _Line:
     """A device and when it is free again, each way."""
@@ -240,12 +249,9 @@ def _with_checksum(data: bytes, at: int) -> bytes:
 
 def main(arguments: list[str]) -> int:
     if arguments == ["--probe"]:
-        try:
-            os.close(open_tun("probe"))
-        except OSError as error:
-            sys.stderr.write(f"no TUN device can be made here ({error.strerror}: /dev/net/tun)\n")
-            return 1
-        return 0
+        problem = tun_problem()
+        sys.stderr.write(problem or "")
+        return 1 if problem else 0
     with socket.socket(fileno=int(arguments[0])) as control:
         _Core(control, int(arguments[1])).run()
     return 0

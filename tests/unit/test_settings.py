@@ -49,7 +49,7 @@ def test_stun_servers_are_named_with_their_port(tmp_path: Path) -> None:
     file = write(tmp_path, "[discovery]\nstun_servers = ['stun.example.org:3478', '192.0.2.1:3478']\n")
     assert load(file, environ={}).discovery.stun_servers == ("stun.example.org:3478", "192.0.2.1:3478")
     for wrong in ("['stun.example.org']", "['stun:x:99999']", "'a:1'", "['']"):
-        with pytest.raises(ConfigError, match="discovery.stun_servers.*HOST:PORT"):
+        with pytest.raises(ConfigError, match=r"discovery\.stun_servers.*HOST:PORT"):
             load(write(tmp_path, f"[discovery]\nstun_servers = {wrong}\n"), environ={})
 
 
