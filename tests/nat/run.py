@@ -10,6 +10,7 @@ Arguments go to pytest: `python tests/nat/run.py -k symseq`.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from nat_lab import missing  # noqa: E402
 PEERS = ROOT / "tests" / "interop" / "install_peers.py"
 SECONDS = {"T0": 60, "T1": 600, "T2": 180}
 """What a tier may take; it is ended then, and failed. On two cores they take 5, 440 and 85 s."""
+LAST_WORDS_SECONDS = 20
 INSIDE = 'mount -t tmpfs none /run && mkdir /run/netns && exec "$@"'
 """`ip netns` keeps its names under /run, which is not ours outside."""
 
@@ -53,11 +55,18 @@ def in_namespaces(command: list[str]) -> list[str]:
 
 def run_tier(tier: str, command: list[str], environment: dict[str, str]) -> int:
     started = time.monotonic()
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
     try:
-        code = subprocess.run(command, cwd=ROOT, env=environment, check=False, timeout=SECONDS[tier]).returncode
-    except subprocess.TimeoutExpired:
-        sys.stderr.write(f"{tier}: ended after {SECONDS[tier]} s\n")
+        code = process.wait(SECONDS[tier])
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        sys.stderr.write(f"{tier}: ended after {time.monotonic() - started:.0f} s\n")
         code = 1
+        os.killpg(process.pid, signal.SIGINT)  # pytest still says what failed until now
+        try:
+            process.wait(LAST_WORDS_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     sys.stdout.write(f"{tier}: {time.monotonic() - started:.0f} s\n")
     return code
 
