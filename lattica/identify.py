@@ -135,7 +135,7 @@ class IdentifyService:
         record = message.peer_record_untrusted()
         addrs = record.addrs if record is not None and record.peer_id == peer else message.listen_addrs
         if addrs:
-            self._host.peerstore.add_addrs(peer, [a for a in addrs if a.peer_id() in (None, peer)], CONNECTED_TTL)
+            self._host.peerstore.add_addrs(peer, [a for a in addrs if _may_be_at(a, peer, connection)], CONNECTED_TTL)
         if message.observed_addr is not None:
             self.observed[peer] = connection.observed_addr = message.observed_addr
         before = self._host.peerstore.info(peer) or PeerInfo()
@@ -148,3 +148,10 @@ class IdentifyService:
                 observed_addr=message.observed_addr or before.observed_addr,
             ),
         )
+
+
+def _may_be_at(addr: Multiaddr, peer: PeerId, connection: Connection) -> bool:
+    """Whether `peer` can be meant by an address that it names. A loopback address of another machine is ours: dialling
+    it would try services of this machine for a stranger, or meet ourselves while time counts."""
+    from_here = connection.remote_addr.ip() is None or connection.remote_addr.is_loopback
+    return addr.peer_id() in (None, peer) and (from_here or not addr.is_loopback)

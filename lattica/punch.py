@@ -38,7 +38,7 @@ from lattica.negotiate import LazyStream
 from lattica_protocols import dcutr
 from lattica_protocols.dcutr import PROTOCOL_ID, PunchBudget, PunchExchange, Target, choose_targets
 from lattica_protocols.errors import ProtocolError
-from lattica_protocols.limits import DCUTR_MAX_MESSAGE_BYTES, PUNCH_ANSWERS_PER_MINUTE, PUNCH_ATTEMPTS
+from lattica_protocols.limits import DCUTR_MAX_MESSAGE_BYTES, PUNCH_ANSWERS_PER_MINUTE, PUNCH_ATTEMPTS, PUNCH_QUIC_DIAL
 
 if TYPE_CHECKING:
     from lattica.host import Host
@@ -154,7 +154,7 @@ class HolePuncher:
         try:
             while not relayed.closed.is_set():
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._dial_known, peer, report)
+                    nursery.start_soon(self._dial_known, relayed, report)
                     if relayed.direction == "inbound":
                         nursery.start_soon(self._initiate, relayed, report)
                 if self._is_direct(peer):
@@ -175,13 +175,15 @@ class HolePuncher:
             report.result, report.seconds = connection.path, trio.current_time() - report.started
             log.info("relay_left peer=%s path=%s seconds=%.3f", peer.short(), report.result, report.seconds)
 
-    async def _dial_known(self, peer: PeerId, report: PunchReport) -> None:
-        """Reversal: what identify tells of a peer that is public is dialled as any address."""
+    async def _dial_known(self, relayed: Connection, report: PunchReport) -> None:
+        """Reversal: where identify says that the peer is, and that can be, it is dialled."""
+        peer = relayed.peer_id
         with trio.move_on_after(PUNCH_SECONDS):
             known: set[Multiaddr] = set()
             while not self._is_direct(peer):
-                addrs = [a for a in self._host.peerstore.addrs(peer) if not a.is_circuit and a not in known]
-                known.update(addrs)
+                targets = self._choose(relayed, self._host.peerstore.addrs(peer))
+                addrs = [t.addr for t in targets if t.addr not in known and self._may_dial(t)]
+                known.update(target.addr for target in targets)
                 if addrs:
                     try:
                         await self._host.dial(peer, addrs)
@@ -288,16 +290,24 @@ class HolePuncher:
         return self._is_direct(peer)
 
     def _targets(self, relayed: Connection, exchange: PunchExchange) -> list[Target]:
-        facts, partner = self._circuits.facts(relayed), exchange.partner
+        return self._choose(relayed, () if exchange.partner is None else exchange.partner.addrs)
+
+    def _choose(self, relayed: Connection, claimed: Sequence[Multiaddr]) -> list[Target]:
+        facts = self._circuits.facts(relayed)
         seen = () if facts is None else facts.seen_at
         proven = {ip for addr in seen if (ip := addr.ip()) is not None}
         own = {ip for addr in self._observed() if (ip := addr.ip()) is not None}
         return choose_targets(
-            () if partner is None else partner.addrs,
+            claimed,
             proven=proven,
             own_networks=interface_networks(),
             own_public=own,
         )
+
+    def _may_dial(self, target: Target) -> bool:
+        """Whether the address can be afforded: a stranger may have named somebody else's."""
+        ip, expensive = target.addr.ip(), target.addr.has("udp") and not target.proven
+        return ip is not None and self._budget.take(ip, trio.current_time(), PUNCH_QUIC_DIAL if expensive else 1)
 
     async def _punch_tcp(self, target: Target, peer: PeerId, is_client: bool, report: PunchReport) -> None:
         """Connect from the port we listen on until it works."""

@@ -83,6 +83,7 @@ async def open_daemon(home: Home, settings: Settings) -> AsyncIterator[Daemon]:
         kad_mode=settings.discovery.mode,  # type: ignore[arg-type]  # the rule of the setting says so
         relay_serve=settings.relay.serve == "on",
         relay_bytes_per_second=settings.relay.max_mb_per_second * 1e6 or None,
+        stun_servers=settings.discovery.stun_servers,
         relay_use=settings.relay.use,  # type: ignore[arg-type]
         relays=settings.relay.relays,
         punch=settings.relay.punch == "on",

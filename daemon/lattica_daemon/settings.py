@@ -79,6 +79,21 @@ def _addresses(allowed: str, accept: Callable[[Any], None]) -> Rule:
     return Rule(allowed, check, lambda text: [part.strip() for part in text.split(",") if part.strip()])
 
 
+def _servers(allowed: str) -> Rule:
+    """A list of HOST:PORT."""
+
+    def check(value: object) -> object:
+        if not isinstance(value, list | tuple):
+            raise ValueError
+        for text in value:
+            if not isinstance(text, str) or not text:
+                raise ValueError
+            _accept_host_port(text)
+        return tuple(value)
+
+    return Rule(allowed, check, lambda text: [part.strip() for part in text.split(",") if part.strip()])
+
+
 def _accept_listen(addr: Any) -> None:
     if addr.host_port() is None:
         raise ValueError(f"{addr} names no TCP or UDP port")
@@ -167,6 +182,12 @@ class DiscoverySettings:
         "on",
         _choice("on", "off"),
         "on finds peers in the local network, and is found by them, without any bootstrap peer (multicast DNS)",
+    )
+    stun_servers: tuple[str, ...] = _setting(
+        (),
+        _servers("a list of HOST:PORT"),
+        "STUN servers to ask how others see us, besides connected peers, which answer STUN, too. What they say is "
+        "trusted: one of your own or one you would believe",
     )
 
 

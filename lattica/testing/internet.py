@@ -126,13 +126,15 @@ class SimHost:
         machine: DatagramMachine,
         on_event: Callable[[object], None] | None = None,
         *,
+        local: SocketAddr | None = None,
         take_over: AttachedMachine | None = None,
     ) -> AttachedMachine:
         """Run a machine on this host from now on: its sockets get ports of their own, its timers are kept.
 
-        `take_over`: a machine that ends here and leaves its socket 0 to this one.
+        `local`: the address of its socket 0, which is not open any more: the NAT mappings go on. `take_over`: a machine
+        that ends here and leaves its socket 0 to this one.
         """
-        return AttachedMachine(self, machine, on_event, take_over)
+        return AttachedMachine(self, machine, on_event, take_over, local)
 
 
 class AttachedMachine:
@@ -144,6 +146,7 @@ class AttachedMachine:
         machine: DatagramMachine,
         on_event: Callable[[object], None] | None = None,
         take_over: AttachedMachine | None = None,
+        local: SocketAddr | None = None,
     ) -> None:
         self.host = host
         self.machine = machine
@@ -153,9 +156,10 @@ class AttachedMachine:
         self._timer: float | None = None
         self._detached = False
         if take_over is not None:
-            main = take_over.socket(0)
+            local = take_over.socket(0)
             take_over.detach()
-            self._bind(0, main)
+        if local is not None:
+            self._bind(0, local)
         self.pump()
 
     def socket(self, number: int) -> SocketAddr:

@@ -61,7 +61,8 @@ class CircuitTransport(Transport):
         self._upgrader = upgrader or Upgrader(host.key, entropy, keep_alive=keep_alive)
         self._facts: dict[Connection, CircuitFacts] = {}
         self._dialling: dict[PeerId, trio.Lock] = {}
-        self._unfinished = 0
+        self._unfinished: dict[trio.CancelScope, None] = {}
+        """Handshakes of inbound circuits, the oldest first."""
         self._on_connection: OnConnection | None = None
 
     def facts(self, connection: Connection) -> CircuitFacts | None:
@@ -157,8 +158,6 @@ class CircuitTransport(Transport):
             or self._host.gate(source) is not None
         ):
             await _refuse(stream, Status.PERMISSION_DENIED)
-        elif self._unfinished >= RELAY_MAX_UNFINISHED_CIRCUITS:
-            await _refuse(stream, Status.RESOURCE_LIMIT_EXCEEDED)
         else:
             await self._accept(stream, source, seen_at, on_connection)
 
@@ -167,20 +166,37 @@ class CircuitTransport(Transport):
     ) -> None:
         via = stream.connection
         remote = via.remote_addr.with_peer(via.peer_id).encapsulate(CIRCUIT)
-        self._unfinished += 1
+        scope = self._begin_handshake()
         try:
-            await stream.send_frame(stop_status(Status.OK))
-            channel = StreamChannel(stream, self._host.nursery)
-            facts = ConnectionFacts(via.local_addr, remote, "inbound", "relay")
-            connection = await self._upgrader.upgrade(channel, facts, source, initiator=False)
+            with scope:
+                await stream.send_frame(stop_status(Status.OK))
+                channel = StreamChannel(stream, self._host.nursery)
+                facts = ConnectionFacts(via.local_addr, remote, "inbound", "relay")
+                connection = await self._upgrader.upgrade(channel, facts, source, initiator=False)
         except (DialError, ConnectionLost) as error:
             log.debug("circuit_refused relay=%s peer=%s error=%s", via.peer_id.short(), source.short(), error)
             stream.reset()
             return
         finally:
-            self._unfinished -= 1
+            self._unfinished.pop(scope, None)
+        if scope.cancelled_caught:
+            log.debug("circuit_refused relay=%s peer=%s error=too_slow", via.peer_id.short(), source.short())
+            stream.reset()
+            return
         self._host.nursery.start_soon(on_connection, connection)
         await self._run(connection, CircuitFacts(via.peer_id, seen_at))
+
+
+    def _begin_handshake(self) -> trio.CancelScope:
+        """Of an inbound circuit. When there are too many the oldest has to go: whoever means it is done within a round
+        trip or two, and who opens circuits and keeps silent must not keep others out."""
+        while len(self._unfinished) >= RELAY_MAX_UNFINISHED_CIRCUITS:
+            oldest = next(iter(self._unfinished))
+            del self._unfinished[oldest]
+            oldest.cancel()
+        scope = trio.CancelScope()
+        self._unfinished[scope] = None
+        return scope
 
 
 class CircuitListener(Listener):

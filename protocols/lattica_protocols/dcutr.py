@@ -232,8 +232,8 @@ class PunchBudget:
     def __init__(self) -> None:
         self._accounts: dict[IpAddress, tuple[float, float]] = {}
 
-    def take(self, ip: IpAddress, now: float) -> bool:
-        """Whether one more datagram or connection attempt may go there."""
+    def take(self, ip: IpAddress, now: float, count: int = 1) -> bool:
+        """Whether so many more datagrams or connection attempts may go there."""
         account = self._accounts.get(ip)
         if account is None:
             if len(self._accounts) >= limits.PUNCH_TRACKED_IPS:
@@ -242,8 +242,9 @@ class PunchBudget:
                     return False
             account = (float(limits.PUNCH_PER_IP_BURST), now)
         tokens = self._filled(account, now)
-        self._accounts[ip] = (max(0.0, tokens - 1), now) if tokens >= 1 else (tokens, now)
-        return tokens >= 1
+        allowed = tokens >= count
+        self._accounts[ip] = (tokens - count if allowed else tokens), now
+        return allowed
 
     def _filled(self, account: tuple[float, float], now: float) -> float:
         tokens, at = account

@@ -551,8 +551,9 @@ RELAY_MAX_CIRCUITS_PER_SOURCE = 16
 RELAY_MAX_CIRCUITS_PER_TARGET = 128
 """Circuits to one peer: a worker with many clients. The inbound streams of its connection end at 512."""
 
-RELAY_MAX_CIRCUITS_PER_RANGE = 128
-"""Circuits opened from one IPv4 /24 or IPv6 /48 (loopback aside)."""
+RELAY_MAX_CIRCUITS_PER_RANGE = 96
+"""Circuits opened from one IPv4 /24 or IPv6 /48 (loopback aside). Less than one target may have: a range must not be
+able to keep all others from it."""
 
 RELAY_REQUESTS_PER_SECOND = 5.0
 RELAY_REQUEST_BURST = 64
@@ -569,7 +570,7 @@ RELAY_MAX_HELD = 64 * 1024 * 1024
 they fit; over it (QUIC's windows cannot be cut) the circuit that holds the most is reset."""
 
 RELAY_MAX_UNFINISHED_CIRCUITS = 64
-"""Circuits to us whose handshake is not done. Each costs a task and one Noise handshake."""
+"""Circuits to us whose handshake is not done; one more ends the oldest. Each costs a task and one Noise handshake."""
 
 RELAY_SETUP_SECONDS = 15.0
 """For the target to answer the relay's CONNECT; within the dialler's own 15 s for a whole dial."""
@@ -606,6 +607,10 @@ PUNCH_PER_IP_BURST = 120
 PUNCH_PER_IP_PER_SECOND = 8.0
 """Datagrams and connection attempts towards one IP address, whoever asked for them. Many partners together cannot make
 us flood somebody; 8 a second are what a browser opens for one page."""
+
+PUNCH_QUIC_DIAL = 20
+"""What dialling QUIC at an address that is not proven counts in that account: an Initial has 1,200 bytes, twenty times
+a probe, and is repeated while nobody answers."""
 
 PUNCH_TRACKED_IPS = 1024
 """IP addresses in that account; with more than that at a time nothing is punched for the rest."""

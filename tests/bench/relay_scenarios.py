@@ -2,9 +2,9 @@
 
     python tests/bench/relay_scenarios.py [--quick]
 
-Or as scenarios of `run.py` (`SCENARIOS`). The relay and socat are each kept on one core, and what is compared is the
-bytes they carry per second of their CPU time: the two ends of the encrypted path need as much as the relay, and would
-otherwise share its core. socat is taken plain (it moves 8 KiB at a time) and, for orientation, with 64 KiB.
+Or as scenarios of `run.py`. The relay and socat are each kept on one core, and what is compared is the bytes they
+carry per second of their CPU time: the two ends of the encrypted path need as much as the relay, and would otherwise
+share its core. socat is taken plain (it moves 8 KiB at a time) and, for orientation, with 64 KiB.
 """
 
 from __future__ import annotations
@@ -135,15 +135,15 @@ def relay_memory(bench: Bench) -> Iterator[Figure]:
     yield stalled
 
 
-SCENARIOS: dict[str, Callable[[Bench], Iterator[Figure]]] = {
-    "relay_forwarding": relay_forwarding,
-    "relay_memory": relay_memory,
+RELAY_SCENARIOS: dict[str, Callable[[Bench], Iterator[Figure]]] = {
+    "relay-forwarding": relay_forwarding,
+    "relay-memory": relay_memory,
 }
 
 
 def main() -> None:
     with TemporaryDirectory() as folder:
-        for scenario in SCENARIOS.values():
+        for scenario in RELAY_SCENARIOS.values():
             with ExitStack() as stack:
                 for figure in scenario(Bench(stack, Path(folder), "--quick" in sys.argv)):
                     row = figure.row()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 from driven import driven
 from measured import HERE, MIB, TCP, Bench, Figure, cpu_seconds, make_file, peak_resident, resident
+from relay_scenarios import RELAY_SCENARIOS
 from space_scenarios import SPACE_SCENARIOS
 
 import lattica
@@ -189,5 +190,6 @@ SCENARIOS: dict[str, Callable[[Bench], Iterator[Figure]]] = {
     "daemon-tensor": daemon_tensor,
     "memory": memory,
     "idle": idle_cpu,
+    **RELAY_SCENARIOS,
     **SPACE_SCENARIOS,
 }

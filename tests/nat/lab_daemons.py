@@ -122,10 +122,12 @@ class LabDaemon:
         self.process.stop()
 
 
-def wait_until(condition: Callable[[], object], seconds: float, log: Callable[[], str] = lambda: "") -> float:
+def wait_until(
+    condition: Callable[[], object], seconds: float, log: Callable[[], str] = lambda: "", *, poll: float = POLL_SECONDS
+) -> float:
     """Seconds until `condition()`; processes are polled, there is nothing to wait on."""
     started = time.monotonic()
     while not condition():
         assert time.monotonic() - started < seconds, f"not within {seconds} s\n{log()}"
-        time.sleep(POLL_SECONDS)
+        time.sleep(poll)
     return time.monotonic() - started

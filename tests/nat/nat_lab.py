@@ -32,6 +32,12 @@ class LabHost:
     more: list[str] = field(default_factory=list)
     """Further addresses."""
 
+    def wire_bytes(self) -> tuple[int, int]:
+        """Received and sent on its interface, headers included."""
+        lines = self.netns.run(["cat", "/proc/net/dev"]).stdout.splitlines()
+        fields = next(line for line in lines if line.strip().startswith("eth0:")).split(":")[1].split()
+        return int(fields[0]), int(fields[8])
+
 
 class LabBox:
     """A NAT or firewall and the network behind it."""
@@ -58,8 +64,22 @@ class LabBox:
         else:
             self.address = behind.plug(self.netns, "wan")
         if kind == "fw":
-            lab.core.ip(f"route add {self.prefix}.0/24 via {self.address} dev {lab.last_link}")
+            lab.route(f"{self.prefix}.0/24", self.address)
         self.netns.nft(rules(kind, self.address))
+
+    def rebind(self, *, kind: str | None = None, new_address: bool = False) -> None:
+        """As after a restart: all mappings are forgotten. The box does what a box of `kind` does from then on, at
+        another public address if wanted. On the core only."""
+        if new_address:
+            before, self.address = self.address, self.lab.one_more_address(self.address)
+            self.netns.ip(
+                f"addr add {self.address}/32 dev wan",
+                f"route replace default {self.lab.way_out('wan')} src {self.address}",
+                f"addr del {before}/32 dev wan",
+            )
+        self.kind = kind or self.kind
+        self.netns.nft("flush ruleset\n" + rules(self.kind, self.address))
+        self.netns.forget_flows()
 
     def plug(self, netns: Netns, interface: str) -> str:
         """Connect a namespace to the network inside. Returns its address there."""
@@ -93,6 +113,8 @@ class Lab:
         self._count = 0
         self._networks = 0
         self.last_link = ""
+        self._links: dict[str, str] = {}
+        """The core's end of the line to each address."""
         self.core = Netns(self.next_name("core"))
         self.core.sysctl(net__ipv4__ip_forward=1)
 
@@ -131,10 +153,8 @@ class Lab:
         first = self.join_core(netns, "eth0")
         more = []
         for _ in range(addresses - 1):
-            address = self._public_address()
-            netns.ip(f"addr add {address}/32 dev eth0")
-            self.core.ip(f"route add {address}/32 dev {self.last_link}")
-            more.append(address)
+            more.append(self.one_more_address(first))
+            netns.ip(f"addr add {more[-1]}/32 dev eth0")
         return LabHost(netns, first, more)
 
     def join_core(self, netns: Netns, interface: str) -> str:
@@ -155,8 +175,24 @@ class Lab:
             f"addr add {address}/32 dev {interface}",
             f"link set {interface} up",
             f"route add {GATEWAY}/32 dev {interface} scope link src {address}",
-            f"route add default via {GATEWAY} dev {interface} src {address}",
+            f"route add default {self.way_out(interface)} src {address}",
         )
+        self._links[address] = self.last_link
+        return address
+
+    def way_out(self, interface: str) -> str:
+        """The default route of a namespace on the core, as `ip route` has it."""
+        return f"via {GATEWAY} dev {interface}"
+
+    def route(self, prefix: str, via: str) -> None:
+        """Lead an address or a /24 to a place on the core."""
+        self.core.ip(f"route add {prefix} via {via} dev {self._links[via]}")
+
+    def one_more_address(self, of: str) -> str:
+        """A further public address that leads to the place with the address `of`."""
+        address = self._public_address()
+        self._links[address] = self._links[of]
+        self.core.ip(f"route add {address}/32 dev {self._links[of]}")
         return address
 
     def _public_address(self) -> str:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import os
+import socket
+import struct
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 _CLONE_NEWNET = 0x40000000
+_NETLINK_NETFILTER = 12
+_CT_DELETE = 1 << 8 | 2
+"""NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_DELETE; naming no connection deletes all."""
+_REQUEST, _ACK = 1, 4
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -57,6 +63,15 @@ class Netns:
                         file.write(str(value))
                 except FileNotFoundError:
                     pass
+
+    def forget_flows(self) -> None:
+        """Empty the table of connections: NAT mappings are gone, as after a restart of the box."""
+        with self.entered(), socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER) as netlink:
+            head = struct.pack("=IHHII", 20, _CT_DELETE, _REQUEST | _ACK, 1, 0)
+            netlink.send(head + struct.pack("=BBH", socket.AF_UNSPEC, 0, 0))
+            error: int = struct.unpack_from("=i", netlink.recv(4096), 16)[0]
+        if error:
+            raise OSError(-error, os.strerror(-error))
 
     def run(self, command: Sequence[str], *, seconds: float = 30.0) -> subprocess.CompletedProcess[str]:
         with self.entered():

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
+import errno
+import socket
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from coturn_lab import coturn_missing, running_coturn
 from nat_lab import Lab, LabBox, LabHost
-from stun_lab import PORTS, LabObserver, discover_all
+from netns import Netns
+from stun_lab import LabObserver, discover_all
 
 from lattica_protocols.nat.behaviour import Filtering, Mapping, NatBehaviour, Ports
 
@@ -100,25 +102,95 @@ def test_two_hosts_behind_one_box(lab: Lab, observers: list[LabObserver]) -> Non
             assert first.mapped != second.mapped
 
 
+# -- what STUN does not see --------------------------------------------------------------------------------------------
+def tcp(netns: Netns, to: tuple[str, int]) -> int:
+    """The errno of an attempt to connect; 0: connected."""
+    with netns.entered(), socket.socket() as sock:
+        sock.settimeout(0.5)
+        return sock.connect_ex(to)
+
+
+def udp(netns: Netns, port: int = 0) -> socket.socket:
+    with netns.entered():
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.bind(("0.0.0.0", port))
+    sock.settimeout(0.5)
+    return sock
+
+
+def test_which_tcp_ports_a_box_lets_out(lab: Lab, hosts: dict[str, LabHost]) -> None:
+    server = lab.public_host()
+    refused, dropped = errno.ECONNREFUSED, errno.EAGAIN
+    tried = {(kind, port): tcp(hosts[kind].netns, (server.address, port)) for kind in BLOCKED for port in (443, 4101)}
+    assert tried == {
+        ("noudp", 443): refused,
+        ("noudp", 4101): refused,
+        ("tcp443", 443): refused,
+        ("tcp443", 4101): dropped,
+    }
+
+
+@pytest.mark.parametrize(("kind", "answer"), [("rej", errno.ECONNREFUSED), ("apdf", errno.EAGAIN)])
+def test_a_rejecting_box_says_so(lab: Lab, kind: str, answer: int) -> None:
+    assert tcp(lab.public_host().netns, (lab.box(kind).address, 4101)) == answer
+
+
+@pytest.mark.parametrize(("kind", "poisoned"), [("open", True), ("rej", False), ("apdf", False)])
+def test_a_stray_packet_poisons(lab: Lab, kind: str, poisoned: bool) -> None:
+    """One that comes before our own to the same place has our own leave from another port."""
+    box, stranger = lab.box(kind), lab.public_host()
+    with udp(stranger.netns, 5000) as outside, udp(box.host().netns, 6000) as inside:
+        outside.sendto(b"stray", (box.address, 6000))
+        inside.sendto(b"hello", (stranger.address, 5000))
+        outside.settimeout(0.5)
+        while True:
+            try:
+                data, source = outside.recvfrom(100)
+            except ConnectionRefusedError:
+                continue  # the stray's rejection
+            assert data == b"hello"
+            break
+        assert (source != (box.address, 6000)) is poisoned
+
+
+@pytest.mark.parametrize(("kind", "passes"), [("full", True), ("apdf", False)])
+def test_two_homes_of_one_carrier(lab: Lab, observers: list[LabObserver], kind: str, passes: bool) -> None:
+    """Whether they reach each other by the carrier's public address, which is a hairpin."""
+    carrier, server = lab.box(kind, carrier=True), lab.public_host()
+    homes = [lab.box("apdf", carrier).host() for _ in range(2)]
+    with udp(server.netns, 5000) as seeing, udp(homes[0].netns, 6000) as a, udp(homes[1].netns, 6001) as b:
+        places = []
+        for sock in (a, b):
+            sock.sendto(b"where", (server.address, 5000))
+            places.append(seeing.recvfrom(100)[1])
+        assert {place[0] for place in places} == {carrier.address}
+        for _ in range(2):
+            a.sendto(b"from a", places[1])
+            b.sendto(b"from b", places[0])
+        if passes:
+            assert {a.recvfrom(100)[0], b.recvfrom(100)[0]} == {b"from a", b"from b"}
+        else:
+            with pytest.raises(TimeoutError):
+                a.recvfrom(100)
+            with pytest.raises(TimeoutError):
+                b.recvfrom(100)
+
+
+def test_two_hosts_in_one_lan_see_each_other(lab: Lab) -> None:
+    home = lab.box("apdf")
+    with udp(home.host().netns) as a, udp((other := home.host()).netns, 6000) as b:
+        a.sendto(b"hello", (other.address, 6000))
+        assert b.recvfrom(100)[0] == b"hello"
+
+
 # -- an independent judge: coturn's server and its own client -------------------------------------------------------
 @pytest.fixture(scope="module")
 def coturn(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LabHost]:
-    if shutil.which("turnserver") is None or shutil.which("turnutils_natdiscovery") is None:
-        pytest.skip("coturn is missing (Debian: apt install coturn)")
-    folder: Path = tmp_path_factory.mktemp("coturn")
-    host = lab.public_host(2)
-    command = ["turnserver", "-n", "--no-tls", "--no-dtls", "--no-cli", "--no-auth", "--stun-only"]
-    command += ["-L", host.address, "-L", host.more[0], "-p", str(PORTS[0]), "--alt-listening-port", str(PORTS[1])]
-    command += ["--log-file", str(folder / "log"), "--pidfile", str(folder / "pid"), "--simple-log"]
-    process = host.netns.start(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder)
-    for _ in range(10):  # the tool waits for an answer itself
-        if "RFC 5780" in host.netns.run(["turnutils_natdiscovery", "-m", host.address], seconds=20).stdout:
-            break
-    else:
-        pytest.fail("coturn does not start")
-    yield host
-    process.kill()
-    process.wait()
+    missing = coturn_missing()
+    if missing is not None:
+        pytest.skip(missing)
+    with running_coturn(lab, tmp_path_factory.mktemp("coturn")) as host:
+        yield host
 
 
 @pytest.fixture(scope="module")

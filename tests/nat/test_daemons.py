@@ -25,7 +25,9 @@ from lattica_protocols.nat.punch_plan import Technique
 
 RELAYS = 3
 """Also the observers: fewer could not be sure."""
-PAIRS = list(itertools.combinations_with_replacement(TYPES, 2))
+KINDS = [*TYPES, "symblk"]
+PAIRS = list(itertools.combinations_with_replacement(KINDS, 2))
+"""The 136 of theory's matrix, and a carrier's block of ports with each."""
 NATTED = '[relay]\nuse = "always"\n[discovery]\nmode = "client"\n'
 PUBLIC = '[discovery]\nmode = "client"\n'
 """Nobody meets anybody by way of the DHT: each pair is a first meeting, and a firewall counts as one from the start."""
@@ -49,7 +51,7 @@ def daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str
             LabDaemon(lab.public_host(), folder / f"relay{i}", "--relay", *known, listen=tuple(listen))
         )
     bootstrap = [part for relay in relays for part in ("--bootstrap", relay.address())]
-    hosts = {(kind, i): lab.host_behind(kind) for kind in TYPES for i in range(2)}
+    hosts = {(kind, i): lab.host_behind(kind) for kind in KINDS for i in range(2)}
     running = {}
     for (kind, i), host in hosts.items():
         running[kind, i] = LabDaemon(

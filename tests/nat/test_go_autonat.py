@@ -39,7 +39,8 @@ async def four_servers(ip: str) -> AsyncIterator[list[Node]]:
     async with AsyncExitStack() as stack:
         nodes = []
         for port in range(4101, 4105):
-            config = NodeConfig(listen=[f"/ip4/{ip}/tcp/{port}"], relay_serve=True, relay_use="never", punch=False)
+            listen = [f"/ip4/{ip}/tcp/{port}"]  # without mDNS: they would ask each other, too
+            config = NodeConfig(listen=listen, relay_serve=True, relay_use="never", punch=False, mdns=False)
             nodes.append(await stack.enter_async_context(open_node(config)))
         yield nodes
 

@@ -7,7 +7,8 @@ import socket
 from pathlib import Path
 
 from lab_daemons import LabDaemon, wait_until
-from nat_lab import Lab
+from nat_lab import Lab, LabHost
+from netns import Netns
 
 FOUND_SECONDS = 3.0
 
@@ -36,6 +37,42 @@ def test_neighbours_find_each_other(tmp_path: Path) -> None:
         assert not peers(off)
     finally:
         for daemon in daemons:
+            daemon.stop()
+
+
+def test_without_a_network_it_waits_for_one(tmp_path: Path) -> None:
+    """No interface at all, not even loopback; then one comes up with a neighbour behind it, and goes again."""
+    lab = Lab()
+    home = lab.box("apdf")
+    alone = Netns("alone")
+    alone.ip("link set lo down")
+    daemons: list[LabDaemon] = []
+    try:
+        daemons.append(LabDaemon(LabHost(alone, ""), tmp_path / "alone"))
+        daemons.append(LabDaemon(home.host(), tmp_path / "neighbour"))
+        first, neighbour = daemons
+        assert first.json("doctor")
+        assert first.json("nat")["reachability"] in ("private", "unknown")
+        first.host.address = home.plug(alone, "eth0")
+        wait_until(lambda: peers(first) == {neighbour.peer_id}, FOUND_SECONDS + 7.0, first.process.log)
+        alone.ip("link del eth0")
+        wait_until(lambda: not peers(first), 90.0, first.process.log, poll=0.5)
+        assert "error" not in first.process.log().lower().replace("error=", ""), first.process.log()
+    finally:
+        for daemon in daemons:
+            daemon.stop()
+
+
+def test_a_taken_port_switches_it_off(tmp_path: Path) -> None:
+    """Another program has 5353 for itself."""
+    host = Lab().public_host()
+    with host.netns.entered(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
+        taken.bind(("", 5353))
+        daemon = LabDaemon(host, tmp_path / "daemon")
+        try:
+            wait_until(lambda: "mdns_off" in daemon.process.log(), FOUND_SECONDS, daemon.process.log)
+            assert daemon.json("status")["peer_id"] == daemon.peer_id
+        finally:
             daemon.stop()
 
 

@@ -66,7 +66,7 @@ def test_becomes_direct(name: str, running: dict[str, tuple[LabDaemon, LabDaemon
 def test_a_carrier_without_hairpin_leaves_the_relay(running: dict[str, tuple[LabDaemon, LabDaemon]]) -> None:
     a, b = running["cgn-apdf"]
     assert first_answer(a, b) < 1.0
-    wait_until(lambda: _attempts(a, b) >= 3, 30.0, a.process.log)
+    wait_until(lambda: _attempts(a, b) >= 3, 30.0, lambda: str(a.json("nat")["peers"]) + str(b.json("nat")["peers"]))
     assert a.paths(b) == {"relay"}
 
 

@@ -44,6 +44,12 @@ def test_a_worker_calls_a_worker(tmp_path: Path) -> None:
         second.stop()
 
 
+def test_a_test_with_simulated_nats() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(EXAMPLES / "test_behind_nats.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert "4 passed" in done.stdout, done.stdout
+
+
 def test_a_node_inside_a_program() -> None:
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / "embedded_node.py")], capture_output=True, text=True, timeout=60, check=False

@@ -23,6 +23,7 @@ from lattica.negotiate import LazyStream
 from lattica.ping import PingService
 from lattica.testing import MemoryNetwork, open_memory_host
 from lattica_protocols.errors import RemoteProtocolError
+from lattica_protocols.multiaddr import Multiaddr
 
 
 async def echo(stream: Stream) -> None:
@@ -232,6 +233,26 @@ def test_ping_and_identify(run_mocked) -> None:
             assert info.agent.startswith("lattica-py/")
             assert "/ipfs/ping/1.0.0" in info.protocols
             assert await pinger.ping(two.peer_id) == pytest.approx(0.04, abs=0.005)
+
+    run_mocked(main)
+
+
+@pytest.mark.parametrize(("seen_at", "kept"), [("/ip4/203.0.113.5/tcp/9", False), ("/ip4/127.0.0.1/tcp/9", True)])
+def test_a_stranger_does_not_send_us_to_our_own_loopback(run_mocked, seen_at: str, kept: bool) -> None:
+    """Its loopback addresses mean our machine as soon as it is another one: any service there would be dialled."""
+
+    async def main() -> None:
+        async with two_hosts() as (one, two):
+            garbage = [Multiaddr.parse(a) for a in ("/ip4/127.0.0.1/tcp/22", "/ip6/::1/udp/53/quic-v1")]
+            honest = Multiaddr.parse("/ip4/203.0.113.5/tcp/4101")
+            await identified(one, two)
+            two.announce += [*garbage, honest]
+            connection = await one.connect(two.peer_id)
+            connection.remote_addr = Multiaddr.parse(seen_at)
+            await IdentifyService(one).ask_again()
+            addrs = one.peerstore.addrs(two.peer_id)
+            assert honest in addrs
+            assert [addr in addrs for addr in garbage] == [kept, kept]
 
     run_mocked(main)
 

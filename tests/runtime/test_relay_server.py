@@ -236,8 +236,9 @@ def test_targets_that_refuse_or_say_nonsense(run) -> None:
     run(main)
 
 
-def test_a_relay_that_changes_or_repeats_bytes_is_found_out(run) -> None:
-    """The circuit is the relay's, what is inside is not: a flipped bit ends the connection, it changes no answer."""
+@pytest.mark.parametrize("does", ["changes", "repeats", "drops"])
+def test_a_relay_that_meddles_with_bytes_is_found_out(run, does: str) -> None:
+    """The circuit is the relay's, what is inside is not: meddling ends the connection, it changes no answer."""
 
     async def main() -> None:
         from test_relay import circuit_to, hidden_node
@@ -252,13 +253,53 @@ def test_a_relay_that_changes_or_repeats_bytes_is_found_out(run) -> None:
                 honest = half.data_received
 
                 def lie(data: memoryview) -> None:
-                    data[len(data) // 2] ^= 1
-                    honest(data)
+                    half.data_received = honest
+                    if does == "changes":
+                        data[len(data) // 2] ^= 1
+                    if does != "drops":
+                        honest(data)
+                    if does == "repeats":
+                        honest(data)
 
                 half.data_received = lie
-                with pytest.raises(LatticaError):
-                    await a.rpc.call(b.peer_id, "math.double", 5)
+                with trio.move_on_after(0.5):  # what is dropped is noticed by what follows
+                    try:
+                        assert await a.rpc.call(b.peer_id, "math.double", 5) == 10
+                    except LatticaError:
+                        pass
+                if not connection.closed.is_set():
+                    with pytest.raises(LatticaError):
+                        await a.rpc.call(b.peer_id, "math.double", 6)
                 await connection.closed.wait()
-                assert await a.rpc.call(b.peer_id, "math.double", 6) == 12  # over a new circuit
+                assert await a.rpc.call(b.peer_id, "math.double", 7) == 14  # over a new circuit
+
+    run(main)
+
+
+def test_a_relay_that_delays_changes_nothing_else(run) -> None:
+    async def main() -> None:
+        from test_relay import circuit_to, hidden_node
+
+        async with relay_node() as relay, hidden_node(relay) as b, trio.open_nursery() as nursery:
+            b.rpc.serve("math", {"double": lambda x: 2 * x})
+            async with open_node(NodeConfig(listen=[], relay_use="never", punch=False)) as a:
+                connection = await a.host.connect(None, [circuit_to(b)])
+                (splice,) = relay.relay_server.circuits
+                half: Any = splice.halves[0]
+                honest = half.data_received
+                held, kept = trio.open_memory_channel[bytes](1000)
+
+                async def late() -> None:
+                    async for data in kept:
+                        await trio.sleep(0.05)
+                        honest(memoryview(data))
+
+                nursery.start_soon(late)
+                half.data_received = lambda data: held.send_nowait(bytes(data))
+                started = trio.current_time()
+                assert await a.rpc.call(b.peer_id, "math.double", 5) == 10
+                assert trio.current_time() - started >= 0.05
+                assert not connection.closed.is_set()
+                nursery.cancel_scope.cancel()
 
     run(main)

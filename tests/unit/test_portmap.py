@@ -14,6 +14,7 @@ from lattica_protocols.portmap.epoch import Epoch
 from lattica_protocols.portmap.gateway import GatewayMapper
 from lattica_protocols.portmap.http import ResponseReader, decode_response_untrusted
 from lattica_protocols.portmap.igd import decode_description_untrusted
+from lattica_protocols.portmap.leases import LeaseTable
 from lattica_protocols.portmap.mapping import MAX_LIFETIME, HttpRequest, Outgoing, Port
 from lattica_protocols.portmap.ssdp import Url, decode_answer_untrusted
 from lattica_protocols.portmap.xml_tree import parse_xml_untrusted
@@ -149,6 +150,20 @@ def test_a_router_that_was_restarted_is_asked_again() -> None:
     router.run(mapper, 100.0, 200.0)
     assert router.mapped == BOTH
     assert mapper.reports()[0].restarts
+
+
+def test_an_answer_from_before_the_restart_does_not_count() -> None:
+    """The router answered, forgot, and said so; its announcement was read before its answer."""
+    table = LeaseTable("pcp")
+    table.want(PORTS, 0.0)
+    assert set(table.take_due(0.0)) == set(PORTS)
+    table.granted(PORTS[0], OUTSIDE, 4101, 3600, 0.1)
+    table.restarted(0.2)
+    table.granted(PORTS[1], OUTSIDE, 4101, 3600, 0.3)
+    assert set(table.take_due(0.3)) == set(PORTS)
+    for port in PORTS:
+        table.granted(port, OUTSIDE, 4101, 3600, 0.4)
+    assert not table.take_due(10.0)
 
 
 def test_a_router_without_a_clock_that_forgot_is_asked_again() -> None:

@@ -45,6 +45,14 @@ def test_lists_come_from_the_environment_with_commas() -> None:
     assert settings.listen.addrs == ("/ip4/127.0.0.1/tcp/0", "/ip4/127.0.0.1/udp/0/quic-v1")
 
 
+def test_stun_servers_are_named_with_their_port(tmp_path: Path) -> None:
+    file = write(tmp_path, "[discovery]\nstun_servers = ['stun.example.org:3478', '192.0.2.1:3478']\n")
+    assert load(file, environ={}).discovery.stun_servers == ("stun.example.org:3478", "192.0.2.1:3478")
+    for wrong in ("['stun.example.org']", "['stun:x:99999']", "'a:1'", "['']"):
+        with pytest.raises(ConfigError, match=r"discovery\.stun_servers.*HOST:PORT"):
+            load(write(tmp_path, f"[discovery]\nstun_servers = {wrong}\n"), environ={})
+
+
 def test_numbers_come_from_the_environment_as_text() -> None:
     assert load(None, environ={"LATTICA_DAEMON_DRAIN_SECONDS": "2.5"}).daemon.drain_seconds == 2.5
 

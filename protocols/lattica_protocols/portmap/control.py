@@ -144,7 +144,7 @@ class ControlClient:
             return
         if reply.epoch is not None and self._epoch.restarted(reply.epoch, now):
             self.report.restarts += 1
-            self._leases.restarted(now)
+            self._leases.restarted(now, reply.port)
         if reply.kind == "check":
             self._checked(reply)
         else:

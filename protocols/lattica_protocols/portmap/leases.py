@@ -26,6 +26,8 @@ _RENEW_AGAIN = 0.5
 class _Entry:
     due: float
     asked: bool = False
+    again: bool = False
+    """What was asked may be answered by a router that has forgotten it since."""
     lease: Lease | None = None
     refused: bool = False
 
@@ -74,14 +76,15 @@ class LeaseTable:
         lifetime = lifetime if lifetime == float("inf") else min(lifetime, MAX_LIFETIME)
         entry.lease = Lease(port, external_ip, external_port, lifetime, now, self._via)
         entry.asked, entry.refused = False, False
-        entry.due = now + max(MIN_RENEWAL, min(lifetime, MAX_LIFETIME) / 2)
+        entry.due = now if entry.again else now + max(MIN_RENEWAL, min(lifetime, MAX_LIFETIME) / 2)
+        entry.again = False
 
     def refused(self, port: Port, now: float, wait: float = RETRY_SECONDS, *, ended: bool = False) -> None:
         """Ask again later; sooner while a lease runs out. `ended`: the lease is no more."""
         entry = self._entries.get(port)
         if entry is None:
             return
-        entry.asked, entry.refused = False, True
+        entry.asked, entry.refused, entry.again = False, True, False
         if ended:
             entry.lease = None
         entry.due = now + wait
@@ -97,11 +100,14 @@ class LeaseTable:
                     old.port, external_ip, old.external_port, old.lifetime, old.granted_at, old.via
                 )
 
-    def restarted(self, now: float) -> None:
-        """The router forgot everything: ask for all of it again."""
-        for entry in self._entries.values():
+    def restarted(self, now: float, answering: Port | None = None) -> None:
+        """The router forgot everything: ask for all of it again, what is being asked for as well when it is answered:
+        that may be from before. `answering`: the port whose answer told of the restart."""
+        for port, entry in self._entries.items():
             if not entry.asked:
                 entry.due = now
+            elif port != answering:
+                entry.again = True
 
     def expire(self, now: float) -> bool:
         """Drop leases that ran out; whether there were any."""
