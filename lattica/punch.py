@@ -128,7 +128,7 @@ class HolePuncher:
         self._answering: dict[PeerId, trio.CancelScope] = {}
         self._answered: OrderedDict[PeerId, list[float]] = OrderedDict()
         self._expected: dict[bytes, Callable[[Address], None]] = {}
-        self._guesser: PortGuesser | None = None
+        self.guesser: PortGuesser | None = None
         if tcp is not None:
             tcp.source_port = self._source_port
 
@@ -136,21 +136,20 @@ class HolePuncher:
         """Guess ports where nothing else helps. `nat` samples our own."""
         if self._quic is None:
             return
-        self._guesser = PortGuesser(
+        self.guesser = PortGuesser(
             self._host,
             self._circuits,
             nat,
             self._quic,
             opening_hops=lambda: self.opening_hops(),
-            until_direct=self._until_direct,
         )
-        self._guesser.on_guess = self._guessing
+        self.guesser.on_guess = self._guessing
 
     async def run(self) -> None:
         """Until cancelled."""
         self._host.handle(PROTOCOL_ID, self._answer)
-        if self._guesser is not None:
-            self._guesser.start()
+        if self.guesser is not None:
+            self.guesser.start()
         async with trio.open_nursery() as nursery:
             events = self._host.subscribe()
             for connection in self._host.connections():
@@ -254,10 +253,10 @@ class HolePuncher:
             await self._guess(relayed, report, first_round)
 
     async def _guess(self, relayed: Connection, report: PunchReport, first_round: bool) -> None:
-        if self._guesser is None or self._is_direct(relayed.peer_id) or relayed.closed.is_set():
+        if self.guesser is None or self._is_direct(relayed.peer_id) or relayed.closed.is_set():
             return
         try:
-            await self._guesser.attempt(relayed, hopeless_too=first_round)
+            await self.guesser.attempt(relayed, hopeless_too=first_round)
         except (LatticaError, ProtocolError, trio.TooSlowError) as error:
             report.errors = [*report.errors[-7:], f"guessing ports: {error}"]
 
@@ -306,7 +305,7 @@ class HolePuncher:
             addrs=self.candidates(),
             token=token,
             now=trio.current_time(),
-            nat=None if self._guesser is None else self._guesser.nat.behaviour,
+            nat=None if self.guesser is None else self.guesser.nat.behaviour,
             may_guess=may_guess,
         )
         try:

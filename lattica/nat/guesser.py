@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from lattica.errors import ConnectError
+from lattica.host import PeerConnected
 from lattica.nat.runner import MachineRun
 from lattica.negotiate import LazyStream
 from lattica.transports.quic_connection import to_multiaddr
@@ -85,7 +86,7 @@ class Guess:
 
 
 class PortGuesser:
-    """See the top of the file. `until_direct(peer)` returns when there is a direct connection with a peer."""
+    """See the top of the file."""
 
     def __init__(
         self,
@@ -95,8 +96,8 @@ class PortGuesser:
         quic: QuicTransport,
         *,
         opening_hops: Callable[[], int],
-        until_direct: Callable[[PeerId], Awaitable[None]],
     ) -> None:
+        """`opening_hops`: how far a datagram has to go that opens our own NATs; 0: we have none."""
         self.nat = nat
         self.on_guess: Callable[[PeerId, Guess], None] = lambda peer, guess: None
         """Told of each attempt that begins; the `Guess` is up to date when it has ended."""
@@ -104,11 +105,15 @@ class PortGuesser:
         self._circuits = circuits
         self._quic = quic
         self._opening_hops = opening_hops
-        self._until_direct = until_direct
         self._rng = random.SystemRandom()
         self._budget = PunchBudget(GUESS_PER_IP_BURST, GUESS_PER_IP_PER_SECOND)
         self._turn = trio.Lock()
         self._answered: dict[PeerId, list[float]] = {}
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether an attempt runs."""
+        return self._turn.locked()
 
     def start(self) -> None:
         """Serve peers that begin an attempt."""
@@ -167,7 +172,7 @@ class PortGuesser:
         exchange = GuessExchange(initiator=False)
         with trio.fail_after(EXCHANGE_SECONDS):
             exchange.receive_untrusted(await stream.receive_frame(GUESS_MAX_MESSAGE_BYTES), trio.current_time())
-        if self._turn.locked() or not self._may_answer(relayed.peer_id):
+        if self.is_busy or not self._may_answer(relayed.peer_id):
             await stream.send_frame(refusal())
             await stream.aclose()
             return
@@ -285,6 +290,15 @@ class PortGuesser:
         finally:
             if endpoint.ends_with_links:
                 self._quic.stop_accepting(endpoint)
+
+    async def _until_direct(self, peer: PeerId) -> None:
+        """Until there is a direct connection with `peer`."""
+        with self._host.subscribe() as events:
+            if any(c.path != "relay" and not c.closed.is_set() for c in self._host.connections(peer)):
+                return
+            async for event in events:
+                if isinstance(event, PeerConnected) and event.peer == peer and event.connection.path != "relay":
+                    return
 
     def _proven(self, relayed: Connection) -> set[str]:
         """Where the partner is for certain: the IP addresses at which the relay sees it."""

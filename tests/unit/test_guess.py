@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +52,12 @@ def test_vectors() -> None:
     )
     assert GuessMessage(type=GuessType.GO, technique=3, opens=True).encode() == bytes.fromhex("0802 3003 3801")
     assert refusal() == bytes.fromhex("0803")
+    page = (Path(__file__).parents[2] / "protocols" / "specs" / "punching.md").read_text().replace(" ", "")
+    for data in (report.encode(), refusal(), GuessMessage(type=GuessType.GO, technique=3, opens=True).encode()):
+        assert f"`{data.hex()}`" in page
+    b = GuessExchange(initiator=True)
+    b.offer(Side(EASY, (ADDR,)), HALF, 0.0)
+    assert f"`{(b.poll_transmit() or b'').hex()}`" in page
 
 
 def test_a_report_says_what_was_found() -> None:
