@@ -43,6 +43,7 @@ from lattica_protocols import dcutr
 from lattica_protocols.dcutr import PROTOCOL_ID, PunchBudget, PunchExchange, Target, choose_targets
 from lattica_protocols.errors import ProtocolError
 from lattica_protocols.limits import DCUTR_MAX_MESSAGE_BYTES, PUNCH_ANSWERS_PER_MINUTE, PUNCH_ATTEMPTS
+from lattica_protocols.nat.behaviour import Ports
 from lattica_protocols.nat.punch_plan import Technique
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ PUNCH_SECONDS: Final = 4.0
 """How long one attempt tries. TCP sends its second SYN after one second, its third after three."""
 SECOND_PATH_SECONDS: Final = 1.0
 """After the first success the rest goes on for so long: TCP for bulk beside QUIC is worth a second."""
+PREDICTION_SECONDS: Final = 0.5
+"""Behind a NAT that counts its ports up nothing is dialled for so long: each flow would spoil a prediction."""
 TCP_PAUSE: Final = 0.1
 """After a refusal. The partner's box answered before the partner was ready."""
 OPENING_HOPS: Final = 2
@@ -208,6 +211,9 @@ class HolePuncher:
 
     async def _dial_known(self, peer: PeerId, report: PunchReport) -> None:
         """Reversal: what identify tells of a peer that is public is dialled as any address."""
+        guesser = self.guesser
+        if guesser is not None and guesser.nat.behaviour.allocation.ports is Ports.SEQUENTIAL:
+            await trio.sleep(PREDICTION_SECONDS)
         with trio.move_on_after(PUNCH_SECONDS):
             known: set[Multiaddr] = set()
             while not self._is_direct(peer):

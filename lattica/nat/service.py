@@ -88,6 +88,8 @@ class NatService:
             assert isinstance(event, BehaviourKnown)
             last[:] = [event]
             self.behaviour = event.behaviour
+            if not Side(before, ()).is_easy and before.public_ip == event.behaviour.public_ip:
+                self.behaviour = replace(event.behaviour, allocation=before.allocation)  # until it is sampled below
             on_known(event)
             return event.final
 
@@ -109,6 +111,9 @@ class NatService:
         if not lifetimes and behaviour.public_ip == before.public_ip:  # measured once, they stay known
             behaviour = replace(behaviour, lives_for=before.lives_for, dies_within=before.dies_within)
         self.behaviour = behaviour
+        if not Side(behaviour, ()).is_easy:
+            # what observers saw before of the main socket they see again, however long ago its mappings were made
+            self.behaviour = behaviour = (await self.sample_ports()).behaviour
         log.info(
             "nat_known mapping=%s filtering=%s ports=%s hairpin=%s mapped=%s",
             behaviour.mapping.value,
@@ -175,6 +180,7 @@ class NatService:
             return Side(known, fresh.seen)
         allocation = known.allocation if fresh.allocation.ports is Ports.UNKNOWN else fresh.allocation
         newest = () if fresh.newest is None else (fresh.newest,)
+        log.debug("ports_sampled choice=%s last=%s", allocation.ports.value, allocation.last)
         return Side(replace(known, allocation=allocation), newest)
 
     async def run_machine(self, machine: DatagramMachine[object], run: MachineRun) -> None:

@@ -629,8 +629,8 @@ GUESS_MAX_MESSAGE_BYTES = 512
 GUESS_MAX_ADDRS = 4
 """Public addresses of one socket: one, or some while a NAT has moved it."""
 
-GUESS_ANSWERS_PER_MINUTE = 4
-"""Attempts that one partner may start: two predictions and a birthday."""
+GUESS_ANSWERS_PER_MINUTE = 6
+"""Attempts that one partner may start: two predictions and a birthday, and again after it was gone for a moment."""
 
 GUESS_PER_IP_BURST = 8192
 GUESS_PER_IP_PER_SECOND = 10.0
