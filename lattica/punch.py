@@ -204,9 +204,8 @@ class HolePuncher:
         peer, report = connection.peer_id, self.reports.get(connection.peer_id)
         if report is not None and not report.result:
             report.result, report.seconds = connection.path, trio.current_time() - report.started
-            report.technique = "simple" if report.attempts else "dial"
-            if any(guess.found_remote == connection.remote_addr for guess in report.guesses):
-                report.technique = report.guesses[-1].technique.value
+            guessed = [g for g in report.guesses if g.found_remote == connection.remote_addr]
+            report.technique = guessed[-1].technique.value if guessed else "simple" if report.attempts else "dial"
             log.info("relay_left peer=%s path=%s seconds=%.3f", peer.short(), report.result, report.seconds)
 
     async def _dial_known(self, peer: PeerId, report: PunchReport) -> None:
@@ -267,7 +266,7 @@ class HolePuncher:
             report.errors = [*report.errors[-7:], f"guessing ports: {error}"]
 
     def _guessing(self, peer: PeerId, guess: Guess) -> None:
-        report = self._report(peer)
+        report = self.reports.get(peer) or self._report(peer)
         report.guesses = [*report.guesses[-7:], guess]
 
     async def _answer(self, stream: Stream) -> None:

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from lattica_protocols.multiaddr import Multiaddr
     from lattica_protocols.nat.punch_plan import PunchPlan
     from lattica_protocols.peer_id import PeerId
+    from lattica_protocols.stun import SocketAddr
 
 log = logging.getLogger("lattica.nat")
 
@@ -73,6 +74,7 @@ class Guess:
     probes: int = 0
     """That our side sent."""
     seconds: float = 0.0
+    running: bool = True
     direct: bool = False
     found_remote: Multiaddr | None = None
     """Where the partner is on the path that was found."""
@@ -82,7 +84,8 @@ class Guess:
     def __str__(self) -> str:
         part = {True: ", many sockets", False: ", many ports"}[self.opened_sockets]
         how = f"{self.technique.value}{part if self.technique is Technique.BIRTHDAY else ''}"
-        return f"{how}: {self.probes} probes, {self.seconds:.1f} s: {'direct' if self.direct else self.error}"
+        result = "direct" if self.direct else "running" if self.running else self.error
+        return f"{how}: {self.probes} probes, {self.seconds:.1f} s: {result}"
 
 
 class PortGuesser:
@@ -202,28 +205,31 @@ class PortGuesser:
         peer, started = relayed.peer_id, trio.current_time()
         guess = Guess(exchange.technique, exchange.opens)
         self.on_guess(peer, guess)
-        plan = exchange.plan(
-            self._proven(relayed), opener_ttl=self._opening_hops() or None, opener_wait=OPENER_WAIT
-        )
-        ip = _towards(plan)
-        if ip is None:
-            guess.error = "the relay sees the peer at none of the addresses that it names for UDP"
-            return False
-        most = most_probes(plan)
-        if not self._budget.take(ipaddress.ip_address(ip), started, most):
-            guess.error = f"{ip} got as many packets as are allowed for now"
-            return False
+        plan = exchange.plan(self._proven(relayed), opener_ttl=self._opening_hops() or None, opener_wait=OPENER_WAIT)
+        towards, most = _towards(plan), most_probes(plan)
         try:
-            await trio.sleep_until(exchange.start_at or started)
-            await self._run(relayed, exchange, plan, guess)
+            if towards is None:
+                guess.error = "the relay sees the peer at none of the addresses that it names for UDP"
+            elif not self._budget.take(ipaddress.ip_address(towards[0]), started, most):
+                guess.error = f"{towards[0]} got as many packets as are allowed for now"
+            else:
+                try:
+                    await trio.sleep_until(exchange.start_at or started)
+                    await self._run(relayed, exchange, plan, guess)
+                finally:
+                    unused = max(0, most - guess.probes)
+                    self._budget.give_back(ipaddress.ip_address(towards[0]), trio.current_time(), unused)
         finally:
-            now = trio.current_time()
-            guess.seconds = now - started
-            self._budget.give_back(ipaddress.ip_address(ip), now, max(0, most - guess.probes))
+            guess.running, guess.seconds = False, trio.current_time() - started
             log.info(
                 "punch_guessed peer=%s technique=%s direct=%s probes=%d seconds=%.3f error=%s",
-                peer.short(), guess.technique.value, guess.direct, guess.probes, guess.seconds, guess.error or "-",
-            )  # fmt: skip
+                peer.short(),
+                guess.technique.value,
+                guess.direct,
+                guess.probes,
+                guess.seconds,
+                guess.error or "-",
+            )
         return guess.direct
 
     async def _run(self, relayed: Connection, exchange: GuessExchange, plan: PunchPlan, guess: Guess) -> None:
@@ -248,7 +254,9 @@ class PortGuesser:
                     guess.error = reason
                     nursery.cancel_scope.cancel()
 
-            run = MachineRun(self._quic.endpoint_for(_any_address(plan)), nursery, on_event)
+            towards = _towards(plan)
+            assert towards is not None
+            run = MachineRun(self._quic.endpoint_for(towards), nursery, on_event)
             async with trio.open_nursery() as watching:
                 watching.start_soon(give_up, lambda: self._until_direct(peer), "another direct path was quicker")
                 watching.start_soon(give_up, relayed.closed.wait, "the relayed connection was closed")
@@ -306,15 +314,13 @@ class PortGuesser:
         return set() if facts is None else {str(ip) for addr in facts.seen_at if (ip := addr.ip()) is not None}
 
 
-def _towards(plan: PunchPlan) -> str | None:
-    """The one IP address that gets the probes; `None`: there is nothing to do."""
+def _towards(plan: PunchPlan) -> SocketAddr | None:
+    """One address of those that get the probes, which are all the partner's; `None`: there is nothing to do."""
     if plan.open_towards is not None:
-        return plan.open_towards[0]
-    return plan.search_ip or (plan.targets[0][0] if plan.targets else None)
-
-
-def _any_address(plan: PunchPlan) -> tuple[str, int]:
-    return _towards(plan) or "0.0.0.0", 9
+        return plan.open_towards
+    if plan.search_ip is not None:
+        return plan.search_ip, plan.search_low
+    return plan.targets[0] if plan.targets else None
 
 
 async def _send(stream: Stream, exchange: GuessExchange) -> None:

@@ -155,13 +155,10 @@ class LabFigures:
         a.json("peer", "connect", relayed_addr(b) or b.address("udp"))
 
         def told() -> list[dict[str, Any]]:
-            found = [
-                peer
-                for one, other in ((a, b), (b, a))
-                for peer in one.json("nat")["peers"]
-                if peer["peer_id"] == other.peer_id and peer["result"] and all(g["seconds"] for g in peer["guesses"])
-            ]
-            return found if len(found) == 2 else []
+            pairs = ((a, b), (b, a))
+            found = [p for one, other in pairs for p in one.json("nat")["peers"] if p["peer_id"] == other.peer_id]
+            done = [p for p in found if p["result"] and not any(guess["running"] for guess in p["guesses"])]
+            return done if len(done) == 2 else []
 
         try:
             wait_until(told, seconds)

@@ -211,10 +211,11 @@ def test_attempts_are_told_with_their_results() -> None:
 
 def test_guesses_are_told_with_their_results() -> None:
     report = PunchReport(PeerId.parse(PEER), 0.0, 1)
-    report.guesses.append(Guess(Technique.BIRTHDAY, True, 256, 28.04, error="nothing got through"))
+    report.guesses.append(Guess(Technique.BIRTHDAY, True, 256, 28.04, False, error="nothing got through"))
     attempts = told(HOME, SYMMETRIC, report=report)["attempts"]
     assert attempts.evidence == ("guessed ports: birthday, many sockets: 256 probes, 28.0 s: nothing got through",)
-    report.guesses.append(Guess(Technique.PREDICT, probes=16, seconds=0.31, direct=True))
+    assert str(Guess(Technique.BIRTHDAY)) == "birthday, many ports: 0 probes, 0.0 s: running"
+    report.guesses.append(Guess(Technique.PREDICT, probes=16, seconds=0.31, running=False, direct=True))
     report.result, report.technique, report.seconds = "quic", "predict", 0.31
     attempts = told(HOME, SYMMETRIC, report=report)["attempts"]
     assert attempts.detail.startswith("a direct path over quic through a predicted port after 0.31 s")

@@ -102,6 +102,7 @@ def _guess(guess: Guess) -> dict[str, Any]:
         "opened_sockets": guess.opened_sockets,
         "probes": guess.probes,
         "seconds": round(guess.seconds, 3),
+        "running": guess.running,
         "direct": guess.direct,
         "error": guess.error,
         "text": str(guess),
