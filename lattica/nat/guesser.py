@@ -59,9 +59,11 @@ OPENER_WAIT: Final = 0.15
 """Between packets that open our own NATs and those that may reach the partner's: more than the two starts differ."""
 HANDSHAKE_SECONDS: Final = 5.0
 """Of QUIC, once probes get through."""
-BUSY_SECONDS: Final = (2.0, 6.0)
+TURN_SECONDS: Final = 1.0
+"""A partner that asks while an attempt runs waits for so long: one that has found its path ends within 0.8 s."""
+BUSY_SECONDS: Final = (0.5, 3.0)
 """Until a partner that was busy is asked again: a birthday takes 3 s in the median."""
-BUSY_TRIES: Final = 8
+BUSY_TRIES: Final = 16
 
 
 @dataclass
@@ -110,13 +112,14 @@ class PortGuesser:
         self._opening_hops = opening_hops
         self._rng = random.SystemRandom()
         self._budget = PunchBudget(GUESS_PER_IP_BURST, GUESS_PER_IP_PER_SECOND)
-        self._turn = trio.Lock()
+        self.turn = trio.Lock()
+        """Held by the attempt that runs."""
         self._answered: dict[PeerId, list[float]] = {}
 
     @property
     def is_busy(self) -> bool:
         """Whether an attempt runs."""
-        return self._turn.locked()
+        return self.turn.locked()
 
     def start(self) -> None:
         """Serve peers that begin an attempt."""
@@ -130,7 +133,7 @@ class PortGuesser:
         techniques: list[Technique] | None = None
         busy = 0
         while not relayed.closed.is_set() and techniques != [] and busy < BUSY_TRIES:
-            async with self._turn:
+            async with self.turn:
                 own = await self.nat.sample_ports()
                 exchange = GuessExchange(initiator=True)
                 with trio.fail_after(EXCHANGE_SECONDS):
@@ -175,17 +178,27 @@ class PortGuesser:
         exchange = GuessExchange(initiator=False)
         with trio.fail_after(EXCHANGE_SECONDS):
             exchange.receive_untrusted(await stream.receive_frame(GUESS_MAX_MESSAGE_BYTES), trio.current_time())
-        if self.is_busy or not self._may_answer(relayed.peer_id):
-            await stream.send_frame(refusal())
-            await stream.aclose()
+        with trio.move_on_after(TURN_SECONDS) as waiting:
+            await self.turn.acquire()
+        if waiting.cancelled_caught:
+            await self._refuse(stream)
             return
-        async with self._turn:
+        try:
+            if not self._may_answer(relayed.peer_id):
+                await self._refuse(stream)
+                return
             with trio.fail_after(EXCHANGE_SECONDS):
                 exchange.offer(await self.nat.sample_ports(), os.urandom(HALF_KEY_BYTES), trio.current_time())
                 await _send(stream, exchange)
                 exchange.receive_untrusted(await stream.receive_frame(GUESS_MAX_MESSAGE_BYTES), trio.current_time())
                 await stream.aclose()
             await self._punch(relayed, exchange)
+        finally:
+            self.turn.release()
+
+    async def _refuse(self, stream: Stream) -> None:
+        await stream.send_frame(refusal())
+        await stream.aclose()
 
     def _may_answer(self, peer: PeerId) -> bool:
         now = trio.current_time()

@@ -129,6 +129,25 @@ def test_peers_that_can_be_found_without_a_guess(run, monkeypatch) -> None:
     run(main)
 
 
+@pytest.mark.parametrize("seconds", [0.3, 1.5])
+def test_a_partner_that_is_busy_is_waited_for_and_asked_again(run, monkeypatch, seconds: float) -> None:
+    async def main() -> None:
+        async with connected_pair() as (a, b, guesses), trio.open_nursery() as nursery:
+            for node in (a, b):
+                give_verdict(node, EASY, monkeypatch)
+
+            async def hold(task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+                async with guesser(a).turn:
+                    task_status.started()
+                    await trio.sleep(seconds)
+
+            await nursery.start(hold)
+            assert await guesser(b).attempt(relayed(b, a), hopeless_too=True)
+            assert len(guesses) == 2
+
+    run(main)
+
+
 def nobody(peer: Side, technique: Technique) -> tuple[tuple[str, int], ...]:
     """Probes go where nobody answers."""
     return (("127.0.0.1", 9),)
