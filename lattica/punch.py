@@ -127,7 +127,8 @@ class HolePuncher:
         self._rng = random.Random(host.rng.getrandbits(64))
         self._budget = PunchBudget()
         self._direct: dict[PeerId, trio.Event] = {}
-        self._upgrading: set[PeerId] = set()
+        self._upgrading: dict[PeerId, Connection] = {}
+        """The relayed connections that are to be left."""
         self._answering: dict[PeerId, trio.CancelScope] = {}
         self._answered: OrderedDict[PeerId, list[float]] = OrderedDict()
         self._expected: dict[bytes, Callable[[Address], None]] = {}
@@ -170,8 +171,8 @@ class HolePuncher:
             self._direct.pop(peer, trio.Event()).set()
             self._tell_direct(connection)
             nursery.start_soon(self._leave_relays, peer, connection)
-        elif peer not in self._upgrading and not self._is_direct(peer):
-            self._upgrading.add(peer)
+        elif not self._is_direct(peer) and ((other := self._upgrading.get(peer)) is None or other.closed.is_set()):
+            self._upgrading[peer] = connection
             nursery.start_soon(self._upgrade, connection)
 
     # -- one relayed connection ---------------------------------------------------------------------------
@@ -197,7 +198,8 @@ class HolePuncher:
                         return
                 pause = min(2 * pause, RETRY_SECONDS[1])
         finally:
-            self._upgrading.discard(peer)
+            if self._upgrading.get(peer) is relayed:
+                del self._upgrading[peer]
 
     def _tell_direct(self, connection: Connection) -> None:
         """Into the report: the first direct connection."""

@@ -257,6 +257,7 @@ class PortGuesser:
                 if isinstance(event, PathFound):
                     found.append(event)
                     guess.found_remote = to_multiaddr(event.remote)
+                    guess.probes, guess.seconds = machine.probes, event.seconds
                     endpoint = self._promoted(run, event, peer, accepts=exchange.initiator)
                     nursery.start_soon(self._connect, endpoint, event, peer, exchange.initiator, guess)
                 return isinstance(event, PunchEnded)

@@ -217,6 +217,40 @@ def test_a_partner_that_tries_again_is_answered_at_once(run) -> None:
     run(main)
 
 
+def test_a_new_relayed_connection_does_not_wait_for_what_was_tried_over_the_old_one(
+    run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with (
+            relay_node(QUIC) as relay,
+            natted_node(relay, [QUIC]) as a,
+            natted_node(relay, [QUIC]) as b,
+            trio.open_nursery() as nursery,
+        ):
+            begun = trio.Event()
+
+            async def hang(*_: object) -> None:
+                begun.set()
+                await trio.sleep_forever()
+
+            with monkeypatch.context() as patched:
+                patched.setattr(b.punch, "_initiate", hang)
+                nursery.start_soon(b.punch.run)
+                await trio.testing.wait_all_tasks_blocked()
+                first = await a.host.connect(None, [circuit_to(b)])
+                await begun.wait()
+            await first.aclose()
+            while b.host.connections(a.peer_id):
+                await trio.lowlevel.checkpoint()
+            nursery.start_soon(a.punch.run)
+            await trio.testing.wait_all_tasks_blocked()
+            await a.host.connect(None, [circuit_to(b)])
+            assert await until_direct(b, a) == "quic"
+            nursery.cancel_scope.cancel()
+
+    run(main)
+
+
 def test_relays_are_dialled_after_all_addresses_are_listened_on(run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A relay that is dialled from another port than the one we listen on sees a mapping of no use to partners."""
 
