@@ -12,6 +12,9 @@ What each side does at the moment of a punch, towards the addresses that `choose
     B   sends probes from the socket it listens on, and dials TCP from the port it listens on, as the server of the
         handshake that follows
 
+Where by both sides' reports that cannot work, ports are guessed (`nat/guesser.py`): at once instead of it, and after
+three attempts in vain whatever the reports say.
+
 A probe of the partner that comes from an address which nobody named is answered with a dial (peer-reflexive). Before
 that, when the partner's addresses are known but it is not time yet, each side sends a datagram that dies behind its own
 NAT: if the partner's is early, it finds the mapping made instead of being taken for a stranger ("poisoned" boxes, whose
@@ -34,15 +37,19 @@ import trio
 from lattica.errors import ConnectError, LatticaError
 from lattica.host import PeerConnected, PeerDisconnected
 from lattica.listen_addrs import interface_networks
+from lattica.nat.guesser import Guess, PortGuesser
 from lattica.negotiate import LazyStream
 from lattica_protocols import dcutr
 from lattica_protocols.dcutr import PROTOCOL_ID, PunchBudget, PunchExchange, Target, choose_targets
 from lattica_protocols.errors import ProtocolError
 from lattica_protocols.limits import DCUTR_MAX_MESSAGE_BYTES, PUNCH_ANSWERS_PER_MINUTE, PUNCH_ATTEMPTS, PUNCH_QUIC_DIAL
+from lattica_protocols.nat.behaviour import Ports
+from lattica_protocols.nat.punch_plan import Technique
 
 if TYPE_CHECKING:
     from lattica.host import Host
     from lattica.interfaces import Connection, Stream
+    from lattica.nat import NatService
     from lattica.transports.circuit import CircuitTransport
     from lattica.transports.quic import QuicTransport
     from lattica.transports.quic_engine import Address
@@ -58,6 +65,8 @@ PUNCH_SECONDS: Final = 4.0
 """How long one attempt tries. TCP sends its second SYN after one second, its third after three."""
 SECOND_PATH_SECONDS: Final = 1.0
 """After the first success the rest goes on for so long: TCP for bulk beside QUIC is worth a second."""
+PREDICTION_SECONDS: Final = 0.5
+"""Behind a NAT that counts its ports up nothing is dialled for so long: each flow would spoil a prediction."""
 TCP_PAUSE: Final = 0.1
 """After a refusal. The partner's box answered before the partner was ready."""
 OPENING_HOPS: Final = 2
@@ -81,6 +90,10 @@ class PunchReport:
     attempts: int = 0
     tried: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    guesses: list[Guess] = field(default_factory=list)
+    """Attempts for which ports were guessed, the newest last."""
+    technique: str = ""
+    """What the direct connection came of: "dial", or that of a punch."""
     result: str = ""
     """The path of the direct connection, empty while there is none."""
     seconds: float | None = None
@@ -114,16 +127,33 @@ class HolePuncher:
         self._rng = random.Random(host.rng.getrandbits(64))
         self._budget = PunchBudget()
         self._direct: dict[PeerId, trio.Event] = {}
-        self._upgrading: set[PeerId] = set()
-        self._answering: set[PeerId] = set()
+        self._upgrading: dict[PeerId, Connection] = {}
+        """The relayed connections that are to be left."""
+        self._answering: dict[PeerId, trio.CancelScope] = {}
         self._answered: OrderedDict[PeerId, list[float]] = OrderedDict()
         self._expected: dict[bytes, Callable[[Address], None]] = {}
+        self.guesser: PortGuesser | None = None
         if tcp is not None:
             tcp.source_port = self._source_port
+
+    def guess_with(self, nat: NatService) -> None:
+        """Guess ports where nothing else helps. `nat` samples our own."""
+        if self._quic is None:
+            return
+        self.guesser = PortGuesser(
+            self._host,
+            self._circuits,
+            nat,
+            self._quic,
+            opening_hops=lambda: self.opening_hops(),
+        )
+        self.guesser.on_guess = self._guessing
 
     async def run(self) -> None:
         """Until cancelled."""
         self._host.handle(PROTOCOL_ID, self._answer)
+        if self.guesser is not None:
+            self.guesser.start()
         async with trio.open_nursery() as nursery:
             events = self._host.subscribe()
             for connection in self._host.connections():
@@ -141,8 +171,8 @@ class HolePuncher:
             self._direct.pop(peer, trio.Event()).set()
             self._tell_direct(connection)
             nursery.start_soon(self._leave_relays, peer, connection)
-        elif peer not in self._upgrading and not self._is_direct(peer):
-            self._upgrading.add(peer)
+        elif not self._is_direct(peer) and ((other := self._upgrading.get(peer)) is None or other.closed.is_set()):
+            self._upgrading[peer] = connection
             nursery.start_soon(self._upgrade, connection)
 
     # -- one relayed connection ---------------------------------------------------------------------------
@@ -151,12 +181,14 @@ class HolePuncher:
         peer = relayed.peer_id
         pause = RETRY_SECONDS[0]
         report = self._report(peer)
+        first = True
         try:
             while not relayed.closed.is_set():
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._dial_known, relayed, report)
                     if relayed.direction == "inbound":
-                        nursery.start_soon(self._initiate, relayed, report)
+                        nursery.start_soon(self._initiate, relayed, report, first)
+                first = False
                 if self._is_direct(peer):
                     return
                 with trio.move_on_after(pause * self._rng.uniform(0.75, 1.25)):
@@ -166,18 +198,23 @@ class HolePuncher:
                         return
                 pause = min(2 * pause, RETRY_SECONDS[1])
         finally:
-            self._upgrading.discard(peer)
+            if self._upgrading.get(peer) is relayed:
+                del self._upgrading[peer]
 
     def _tell_direct(self, connection: Connection) -> None:
         """Into the report: the first direct connection."""
         peer, report = connection.peer_id, self.reports.get(connection.peer_id)
         if report is not None and not report.result:
             report.result, report.seconds = connection.path, trio.current_time() - report.started
+            guessed = [g for g in report.guesses if g.found_remote == connection.remote_addr]
+            report.technique = guessed[-1].technique.value if guessed else "simple" if report.attempts else "dial"
             log.info("relay_left peer=%s path=%s seconds=%.3f", peer.short(), report.result, report.seconds)
 
     async def _dial_known(self, relayed: Connection, report: PunchReport) -> None:
         """Reversal: where identify says that the peer is, and that can be, it is dialled."""
-        peer = relayed.peer_id
+        peer, guesser = relayed.peer_id, self.guesser
+        if guesser is not None and guesser.nat.behaviour.allocation.ports is Ports.SEQUENTIAL:
+            await trio.sleep(PREDICTION_SECONDS)
         with trio.move_on_after(PUNCH_SECONDS):
             known: set[Multiaddr] = set()
             while not self._is_direct(peer):
@@ -194,8 +231,9 @@ class HolePuncher:
                 await trio.sleep(TCP_PAUSE)  # identify is on its way
 
     # -- the two sides of the exchange --------------------------------------------------------------------
-    async def _initiate(self, relayed: Connection, report: PunchReport) -> None:
+    async def _initiate(self, relayed: Connection, report: PunchReport, first_round: bool) -> None:
         """B's part."""
+        guessed = speaks_ours = False
         for _ in range(PUNCH_ATTEMPTS):
             if self._is_direct(relayed.peer_id) or relayed.closed.is_set() or not self.candidates():
                 return
@@ -203,47 +241,81 @@ class HolePuncher:
             try:
                 with trio.fail_after(EXCHANGE_SECONDS):
                     stream = LazyStream(await relayed.open_stream(), PROTOCOL_ID)
-                    exchange, token = await self._exchange(stream, relayed, initiator=True)
+                    exchange, token = await self._exchange(stream, relayed, initiator=True, may_guess=not guessed)
             except (LatticaError, ProtocolError, trio.TooSlowError) as error:
                 report.errors = [*report.errors[-7:], f"exchange: {error}"]
                 return
             assert exchange.punch_at is not None
-            await trio.sleep_until(exchange.punch_at)
-            if await self._punch(relayed, exchange, token, report):
+            assert exchange.partner is not None
+            speaks_ours = exchange.partner.nat is not None
+            async with trio.open_nursery() as nursery:
+                if exchange.guess is not None:
+                    guessed = True
+                    nursery.start_soon(self._guess, relayed, report, first_round)
+                await trio.sleep_until(exchange.punch_at)
+                await self._punch(relayed, exchange, token, report)
+            if self._is_direct(relayed.peer_id):
                 return
             await self.refresh()
+        if speaks_ours and not guessed:
+            await self._guess(relayed, report, first_round)
+
+    async def _guess(self, relayed: Connection, report: PunchReport, first_round: bool) -> None:
+        if self.guesser is None or self._is_direct(relayed.peer_id) or relayed.closed.is_set():
+            return
+        try:
+            await self.guesser.attempt(relayed, hopeless_too=first_round)
+        except (LatticaError, ProtocolError, trio.TooSlowError) as error:
+            report.errors = [*report.errors[-7:], f"guessing ports: {error}"]
+
+    def _guessing(self, peer: PeerId, guess: Guess) -> None:
+        report = self.reports.get(peer) or self._report(peer)
+        report.guesses = [*report.guesses[-7:], guess]
 
     async def _answer(self, stream: Stream) -> None:
         """A's part."""
         relayed = stream.connection
         peer, now = relayed.peer_id, trio.current_time()
         recent = [at for at in self._answered.get(peer, []) if now - at < 60]
-        if relayed.path != "relay" or peer in self._answering or len(recent) >= PUNCH_ANSWERS_PER_MINUTE:
+        if relayed.path != "relay" or len(recent) >= PUNCH_ANSWERS_PER_MINUTE:
             stream.reset()
             return
+        if peer in self._answering:
+            self._answering.pop(peer).cancel()  # the partner gave the former attempt up some milliseconds before us
         self._answered[peer] = [*recent, now]
         self._answered.move_to_end(peer)
         while len(self._answered) > MAX_REPORTS:
             self._answered.popitem(last=False)
-        self._answering.add(peer)
-        try:
-            report = self._report(peer)
-            report.attempts += 1
+        with trio.CancelScope() as scope:
+            self._answering[peer] = scope
             try:
-                with trio.fail_after(EXCHANGE_SECONDS):
-                    exchange, token = await self._exchange(stream, relayed, initiator=False)
-            except (LatticaError, ProtocolError, trio.TooSlowError) as error:
-                report.errors = [*report.errors[-7:], f"exchange: {error}"]
-                raise
-            if not await self._punch(relayed, exchange, token, report):
-                await self.refresh()
-        finally:
-            self._answering.discard(peer)
+                report = self._report(peer)
+                report.attempts += 1
+                try:
+                    with trio.fail_after(EXCHANGE_SECONDS):
+                        exchange, token = await self._exchange(stream, relayed, initiator=False)
+                except (LatticaError, ProtocolError, trio.TooSlowError) as error:
+                    report.errors = [*report.errors[-7:], f"exchange: {error}"]
+                    raise
+                if not await self._punch(relayed, exchange, token, report):
+                    await self.refresh()
+            finally:
+                if self._answering.get(peer) is scope:
+                    del self._answering[peer]
 
-    async def _exchange(self, stream: Stream, relayed: Connection, *, initiator: bool) -> tuple[PunchExchange, bytes]:
+    async def _exchange(
+        self, stream: Stream, relayed: Connection, *, initiator: bool, may_guess: bool = False
+    ) -> tuple[PunchExchange, bytes]:
         """All messages of one attempt, and our NAT opened for what comes."""
         token = os.urandom(dcutr.TOKEN_BYTES)
-        exchange = PunchExchange(initiator=initiator, addrs=self.candidates(), token=token, now=trio.current_time())
+        exchange = PunchExchange(
+            initiator=initiator,
+            addrs=self.candidates(),
+            token=token,
+            now=trio.current_time(),
+            nat=None if self.guesser is None else self.guesser.nat.behaviour,
+            may_guess=may_guess,
+        )
         try:
             opened = False
             while True:
@@ -268,6 +340,10 @@ class HolePuncher:
         peer, partner, is_client = relayed.peer_id, exchange.partner, not exchange.initiator
         assert partner is not None
         targets = self._targets(relayed, exchange)
+        if exchange.guess is Technique.PREDICT:
+            return self._is_direct(peer)  # each new flow of ours would move the ports on that are to be predicted
+        if exchange.guess is not None:
+            targets = [target for target in targets if target.addr.has("tcp")]
         report.tried = [str(target.addr) for target in targets]
         if not targets:
             report.errors = [*report.errors[-7:], "the peer named no address that can be tried"]

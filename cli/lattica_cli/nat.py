@@ -39,10 +39,10 @@ def nat(
         if data["peers"]:
             say()
             rows = [
-                (p["peer_id"], p["path"] or "-", p["attempts"], p["result"] or "relayed", _tried(p))
+                (p["peer_id"], p["path"] or "-", p["attempts"], p["result"] or "relayed", p["technique"], _tried(p))
                 for p in data["peers"]
             ]
-            table(("peer", "path", "attempts", "result", "tried"), rows, empty="")
+            table(("peer", "path", "attempts", "result", "by", "tried"), rows, empty="")
 
     state.emit(data, human)
 
@@ -109,7 +109,8 @@ def _lifetime(lives: float | None, dies: float | None) -> str:
 
 
 def _tried(peer: dict[str, Any]) -> str:
-    return ", ".join([*peer["tried"], *(f"failed: {error}" for error in peer["errors"])]) or "-"
+    guesses = [guess["text"] for guess in peer["guesses"]]
+    return ", ".join([*peer["tried"], *guesses, *(f"failed: {error}" for error in peer["errors"])]) or "-"
 
 
 def _seconds(text: str) -> list[float]:

@@ -1,13 +1,14 @@
 """Runs a machine that uses UDP sockets by number, as `StunClient`, `Discovery` and the punching machines do.
 
 Number 0 is a socket of the QUIC transport, shared with everything else on it; the others are opened when the machine
-first sends from them and closed with the run.
+first sends from them and closed with the run, but for one that QUIC takes over (`promote`).
 """
 
 from __future__ import annotations
 
 import ipaddress
 import logging
+import socket
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -49,6 +50,7 @@ class MachineRun:
         """`on_event` returns whether that was the last one."""
         self.endpoint = endpoint
         self.ports: dict[int, UdpPort] = {}
+        self._endpoints = {0: endpoint}
         self._nursery = nursery
         self._on_event = on_event
         self._machine: DatagramMachine[object] | None = None
@@ -61,6 +63,17 @@ class MachineRun:
             return plain_address(self.endpoint.socket.address)
         port = self.ports.get(number)
         return None if port is None else plain_address(port.address)
+
+    def number_of(self, endpoint: Endpoint) -> int | None:
+        """Which of the machine's sockets that is."""
+        return next((number for number, other in self._endpoints.items() if other is endpoint), None)
+
+    def promote(self, number: int, make: Callable[[socket.socket], Endpoint]) -> Endpoint:
+        """Let QUIC have the machine's socket `number`; the machine goes on using it, too, and does not close it."""
+        endpoint = self._endpoints.get(number)
+        if endpoint is None:
+            endpoint = self._endpoints[number] = make(self.ports.pop(number).detach())
+        return endpoint
 
     async def run(self, machine: DatagramMachine[object]) -> None:
         """Until the last event, or until the machine has nothing more to wait for. Closes the further sockets."""
@@ -100,11 +113,12 @@ class MachineRun:
             self._done = self._on_event(event)
 
     def _send(self, datagram: Datagram) -> None:
-        if datagram.socket == 0:
+        endpoint = self._endpoints.get(datagram.socket)
+        if endpoint is not None:
             if datagram.ttl is None:
-                self.endpoint.send_datagram(datagram.data, datagram.to)
+                endpoint.send_datagram(datagram.data, datagram.to)
             else:
-                self.endpoint.send_short_lived(datagram.data, datagram.to, datagram.ttl)
+                endpoint.send_short_lived(datagram.data, datagram.to, datagram.ttl)
             return
         port = self.ports.get(datagram.socket)
         if port is None:
@@ -116,8 +130,8 @@ class MachineRun:
         port.send(datagram.data, datagram.to, ttl=datagram.ttl)
 
     def _open(self, number: int) -> UdpPort:
-        socket = self.endpoint.socket
-        port = UdpPort(socket.family, socket.address[0], 0, partial(self._arrived, number))
+        bound = self.endpoint.socket
+        port = UdpPort(bound.family, bound.address[0], 0, partial(self._arrived, number))
         self.ports[number] = port
         self._nursery.start_soon(port.run)
         return port

@@ -23,8 +23,10 @@ from lattica.listen_addrs import interface_ips
 from lattica.nat.runner import DatagramMachine, MachineRun, plain_address
 from lattica.nat.udp_port import UdpPort
 from lattica.transports.quic_engine import Address
-from lattica_protocols.nat.behaviour import NatBehaviour
+from lattica_protocols.nat.behaviour import NatBehaviour, Ports
 from lattica_protocols.nat.discovery import BehaviourKnown, Discovery, Observer
+from lattica_protocols.nat.punch_plan import Side
+from lattica_protocols.nat.sampler import SAMPLES, PortSampler, Sampled
 from lattica_protocols.stun import SocketAddr
 from lattica_protocols.stun_client import Answered, StunClient
 from lattica_protocols.stun_server import StunReply, StunServer
@@ -86,6 +88,8 @@ class NatService:
             assert isinstance(event, BehaviourKnown)
             last[:] = [event]
             self.behaviour = event.behaviour
+            if not Side(before, ()).is_easy and before.public_ip == event.behaviour.public_ip:
+                self.behaviour = replace(event.behaviour, allocation=before.allocation)  # until it is sampled below
             on_known(event)
             return event.final
 
@@ -107,6 +111,9 @@ class NatService:
         if not lifetimes and behaviour.public_ip == before.public_ip:  # measured once, they stay known
             behaviour = replace(behaviour, lives_for=before.lives_for, dies_within=before.dies_within)
         self.behaviour = behaviour
+        if not Side(behaviour, ()).is_easy:
+            # what observers saw before of the main socket they see again, however long ago its mappings were made
+            self.behaviour = behaviour = (await self.sample_ports()).behaviour
         log.info(
             "nat_known mapping=%s filtering=%s ports=%s hairpin=%s mapped=%s",
             behaviour.mapping.value,
@@ -148,6 +155,34 @@ class NatService:
         if seen:
             self.behaviour = replace(self.behaviour, seen=tuple(addr for addr, _ in seen.most_common()))
 
+    async def sample_ports(self) -> Side:
+        """Our side of a punch as of now: what the NAT gives our QUIC socket, and how it chooses ports. A round trip."""
+        known = self.behaviour
+        if not self._answering:
+            await trio.lowlevel.checkpoint()
+            return Side(known, ())
+        got: list[Sampled] = []
+
+        def on_event(event: object) -> bool:
+            assert isinstance(event, Sampled)
+            got.append(event)
+            return True
+
+        endpoint = self._transport.endpoint_for(self._answering[0])
+        is_easy = Side(known, ()).is_easy
+        machine = PortSampler(
+            self._answering, self._rng, trio.current_time(), samples=0 if is_easy else SAMPLES
+        )
+        async with trio.open_nursery() as nursery:
+            await self.run_machine(machine, MachineRun(endpoint, nursery, on_event))
+        (fresh,) = got
+        if is_easy:
+            return Side(known, fresh.seen)
+        allocation = known.allocation if fresh.allocation.ports is Ports.UNKNOWN else fresh.allocation
+        newest = () if fresh.newest is None else (fresh.newest,)
+        log.debug("ports_sampled choice=%s last=%s", allocation.ports.value, allocation.last)
+        return Side(replace(known, allocation=allocation), newest)
+
     async def run_machine(self, machine: DatagramMachine[object], run: MachineRun) -> None:
         """Run a machine whose socket 0 is one of the QUIC transport's."""
         self._runs.append(run)
@@ -161,10 +196,7 @@ class NatService:
         endpoint.on_other_datagram = partial(self._received, endpoint)
 
     def _received(self, endpoint: Endpoint, data: bytes, addr: Address, source: bytes | None) -> None:
-        for run in self._runs:
-            if run.endpoint is endpoint and run.receive(0, data, addr):
-                return
-        if not self.answer:
+        if self._for_a_run(endpoint, data, addr) or not self.answer:
             return
         local = endpoint.socket.address
         arrived_at = _address_in(source, endpoint.socket.family) or (None if endpoint.socket.is_wildcard else local[0])
@@ -177,6 +209,24 @@ class NatService:
             self._send_from_elsewhere(reply, endpoint, port, arrived_at, addr)
         else:
             endpoint.send_datagram(reply.data, (*reply.to, *addr[2:]), source)
+
+    def _for_a_run(self, endpoint: Endpoint, data: bytes, addr: Address) -> bool:
+        for run in self._runs:
+            number = run.number_of(endpoint)
+            if number is not None and run.receive(number, data, addr):
+                return True
+        return False
+
+    def attach_punched(self, endpoint: Endpoint) -> None:
+        """STUN on the socket of one punched path: the partner may ask; there is no other port to answer from."""
+
+        def received(data: bytes, addr: Address, source: bytes | None) -> None:
+            if not self._for_a_run(endpoint, data, addr) and self.answer:
+                reply = self._reply(data, addr, None, None)
+                if reply is not None:
+                    endpoint.send_datagram(reply.data, (*reply.to, *addr[2:]), source)
+
+        endpoint.on_other_datagram = received
 
     def _received_elsewhere(self, endpoint: Endpoint, data: bytes, addr: Address) -> None:
         """A request at the other port: answered from there, without further choice."""

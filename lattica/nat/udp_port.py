@@ -40,19 +40,27 @@ class UdpPort:
             raise
         self.address: Address = self._socket.getsockname()
         self._scope = trio.CancelScope()
+        self._detached = False
 
     async def run(self) -> None:
         """Until `close`, or until cancelled."""
         try:
             with self._scope:
-                while True:
+                while not self._detached:
                     await trio.lowlevel.wait_readable(self._socket)
                     self._read()
         finally:
-            self._socket.close()
+            if not self._detached:
+                self._socket.close()
 
     def close(self) -> None:
         self._scope.cancel()
+
+    def detach(self) -> socket.socket:
+        """End `run` and give the open socket away."""
+        self._detached = True
+        self._scope.cancel()
+        return self._socket
 
     def send(self, data: bytes, addr: Address, *, source: bytes | None = None, ttl: int | None = None) -> None:
         """Lost silently, like any datagram. `source`: the packed IP address to send from; see `source_ip`."""
@@ -80,3 +88,5 @@ class UdpPort:
             except OSError:
                 continue  # an ICMP error of an earlier datagram
             self.on_datagram(data, addr)
+            if self._detached:
+                return

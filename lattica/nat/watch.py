@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
@@ -11,7 +12,9 @@ import trio
 from lattica.errors import ConnectError
 from lattica.host import PeerConnected, PeerIdentified, SelfChanged
 from lattica.listen_addrs import interface_ips
+from lattica.nat.hops import trace_routers
 from lattica.nat.observers import peer_observers, resolve_servers
+from lattica_protocols.limits import GUESS_OPENER_MAX_TTL
 from lattica_protocols.multiaddr import Multiaddr
 from lattica_protocols.nat.behaviour import Mapping
 from lattica_protocols.nat.classify import MIN_OBSERVERS
@@ -32,6 +35,9 @@ SOON_SECONDS: Final = 10.0
 UNSURE_SECONDS: Final = 1.0
 """At least so long between two discoveries, whatever happens; the second while too few could be asked to be sure."""
 _CANDIDATES: Final = 2
+_BEHIND_NATS: Final = tuple(
+    ipaddress.ip_network(text) for text in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10")
+)
 
 
 class NatWatch:
@@ -39,14 +45,18 @@ class NatWatch:
 
     def __init__(self, host: Host, nat: NatService, servers: Sequence[str] = ()) -> None:
         self._host = host
-        self._nat = nat
+        self.nat = nat
         self._servers = servers
         self._wakeup = trio.Event()
         self.asked = 0
+        self._own_routers = 0
+        """How many routers with private addresses are in front of us, as far as they answered."""
+        self._traced = False
+        """Whether all of them did."""
 
     @property
     def behaviour(self) -> NatBehaviour:
-        return self._nat.behaviour
+        return self.nat.behaviour
 
     def candidates(self) -> list[Multiaddr]:
         """Where a partner may find our QUIC socket, as observers saw it."""
@@ -60,11 +70,13 @@ class NatWatch:
         known = self.behaviour
         seen = {addr[0] for addr in known.seen}
         own = known.mapping is Mapping.UNKNOWN and bool(seen) and seen <= {str(ip) for ip in interface_ips()}
-        return 0 if own or known.mapping is Mapping.NONE else OPENER_TTL
+        if own or known.mapping is Mapping.NONE:
+            return 0
+        return min(max(OPENER_TTL, 1 + self._own_routers), GUESS_OPENER_MAX_TTL)
 
     async def refresh(self) -> None:
         """Bring the candidates up to date: a round trip, a second at most."""
-        await self._nat.sample()
+        await self.nat.sample()
 
     async def observers(self) -> list[Observer]:
         """Whom we can ask now."""
@@ -86,12 +98,17 @@ class NatWatch:
         if not observers:
             return
         try:
-            await self._nat.discover(observers)
-            await self._nat.sample()  # tells each observer's word to `on_seen`
+            await self.nat.discover(observers)
+            await self.nat.sample()  # tells each observer's word to `on_seen`
         except ConnectError as error:
             log.debug("discovery_failed error=%s", error)
         else:
             self.asked = len(observers)
+            if not self._traced and self.behaviour.mapping is not Mapping.NONE:
+                routers = await trace_routers(observers[0].addr)
+                self._own_routers = max(self._own_routers, own_routers(routers))
+                self._traced = None not in routers
+                log.debug("routers_found routers=%s", " ".join(router or "-" for router in routers))
 
     async def _follow_peers(self) -> None:
         async for event in self._host.subscribe():
@@ -106,7 +123,23 @@ class NatWatch:
     def network_changed(self) -> None:
         """Our interfaces are others than before (`lattica.reach.interfaces`)."""
         self.asked = 0
+        self._own_routers, self._traced = 0, False
         self._wakeup.set()
+
+
+def own_routers(routers: Sequence[str | None]) -> int:
+    """Of the first routers on the way out, those up to the last with an address as behind NATs (RFC 1918, RFC 6598).
+
+    One that kept silent counts when such a one follows: routers send few ICMP messages to one host in a second.
+    """
+    inner = 0
+    for number, router in enumerate(routers, 1):
+        if router is None:
+            continue
+        if not any(ipaddress.ip_address(router) in network for network in _BEHIND_NATS):
+            break
+        inner = number
+    return inner
 
 
 def quic_multiaddr(addr: SocketAddr) -> Multiaddr:

@@ -91,6 +91,29 @@ class QuicTransport(Transport):
             return await self._dial_one(remotes[0], expected)
         return await self._dial_staggered(addr, remotes, expected)
 
+    async def dial_punched(self, endpoint: Endpoint, remote: Address, expected: PeerId) -> QuicLink:
+        """Dial from a certain socket, to which the other side's NAT is open."""
+        return await self._settled(endpoint.connect(remote, expected))
+
+    def adopt_socket(self, bound: socket.socket, on_connection: OnConnection | None) -> Endpoint:
+        """Speak QUIC on a socket that got through a NAT, for one peer: it is neither dialled from nor listened on.
+
+        `on_connection`: accept connections until `stop_accepting`. The socket closes with its last connection.
+        """
+        endpoint = self._make(UdpSocket(bound.family, *bound.getsockname()[:2], bound=bound))
+        endpoint.ends_with_links = True
+        if on_connection is not None:
+            endpoint.accepting = True
+            self._on_connection[endpoint] = on_connection
+        self._nursery.start_soon(endpoint.run)
+        return endpoint
+
+    def stop_accepting(self, endpoint: Endpoint) -> None:
+        """The end of what `adopt_socket` began."""
+        endpoint.accepting = False
+        self._on_connection.pop(endpoint, None)
+        endpoint.close_if_unused()
+
     def endpoint_for(self, remote: Address) -> Endpoint:
         """The socket from which `remote` is dialled: a listening one of its family that reaches it, else any."""
         usable = [endpoint for endpoint in self.endpoints if _reaches(endpoint, remote)]
@@ -103,12 +126,15 @@ class QuicTransport(Transport):
 
     # -- inside -------------------------------------------------------------------------------------------------------
     def _open(self, family: socket.AddressFamily, host: str, port: int) -> Endpoint:
-        endpoint = Endpoint(UdpSocket(family, host, port), self._credentials, self._admission, self._accepted)
+        endpoint = self._make(UdpSocket(family, host, port))
         self._endpoints.append(endpoint)
         if self.on_endpoint is not None:
             self.on_endpoint(endpoint)
         self._nursery.start_soon(endpoint.run)
         return endpoint
+
+    def _make(self, socket: UdpSocket) -> Endpoint:
+        return Endpoint(socket, self._credentials, self._admission, self._accepted)
 
     def _resting_endpoint(self, host: str, port: int) -> Endpoint | None:
         """A socket whose listener was closed while connections on it go on."""
@@ -136,6 +162,10 @@ class QuicTransport(Transport):
             link = self.endpoint_for(remote).connect(remote, expected, refusable=True)
         except OSError as error:
             raise DialError(f"no socket to dial {remote[0]} from: {error.strerror}")
+        return await self._settled(link)
+
+    async def _settled(self, link: QuicLink) -> QuicLink:
+        """The connection when its handshake is over. Errors: `WrongPeer`, `DialError`."""
         try:
             with trio.fail_after(HANDSHAKE_TIMEOUT_SECONDS + 1):
                 await link.settled.wait()

@@ -63,6 +63,8 @@ class Endpoint:
         self.on_probe: OnOtherDatagram | None = None
         """The same for hole punching's datagrams."""
         self.closed = False
+        self.ends_with_links = False
+        """Whether to close when the last connection is gone and no more are accepted."""
         self._credentials = credentials
         self._admission = admission
         self._on_link = on_link
@@ -323,6 +325,12 @@ class Endpoint:
         self._links.discard(link)
         self._dirty.pop(link, None)
         self._admission.settled(link)
+        self.close_if_unused()
+
+    def close_if_unused(self) -> None:
+        """Where `ends_with_links` says so."""
+        if self.ends_with_links and not self._links and not self.accepting:
+            self.close()
 
     def _shut_down(self) -> None:
         for link in list(self._links):

@@ -54,18 +54,21 @@ _ERRORS_AT_ONCE = 64
 
 
 class UdpSocket:
-    """`OSError` when the address cannot be bound."""
+    """`OSError` when the address cannot be bound. `bound`: a socket that is bound already, to be used instead."""
 
-    def __init__(self, family: socket.AddressFamily, host: str, port: int) -> None:
+    def __init__(
+        self, family: socket.AddressFamily, host: str, port: int, *, bound: socket.socket | None = None
+    ) -> None:
         self.family = family
-        self._socket = socket.socket(family, socket.SOCK_DGRAM | getattr(socket, "SOCK_CLOEXEC", 0))
+        self._socket = bound or socket.socket(family, socket.SOCK_DGRAM | getattr(socket, "SOCK_CLOEXEC", 0))
         try:
             self._socket.setblocking(False)
-            if family == socket.AF_INET6:
+            if family == socket.AF_INET6 and bound is None:
                 self._socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
                 self._socket.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
-            self._socket.bind((host, port))
+            if bound is None:
+                self._socket.bind((host, port))
             self._gso = self._pktinfo = False
             if _LINUX:
                 self._set_linux_options()

@@ -2,7 +2,8 @@
 
 `/libp2p/dcutr`, each message `uvarint(length) || protobuf`:
 
-    HolePunch { Type type = 1 (CONNECT 100, SYNC 300); repeated bytes ObsAddrs = 2; bytes token = 16; }
+    HolePunch { Type type = 1 (CONNECT 100, SYNC 300); repeated bytes ObsAddrs = 2; bytes token = 16;
+                NatReport nat = 17; Technique guess = 18; }
 
     B, who accepted the relayed connection         A, who opened it
       CONNECT(B's addresses)   ------------------->                       B starts a clock
@@ -16,6 +17,10 @@ and B the server of the handshakes above. Three attempts, each on a new stream.
 
 `token` is ours, others skip it: 16 bytes that the partner puts into its datagrams (`encode_probe`), so that one which
 arrives from an address nobody named (a NAT with a mapping for each destination) can be recognised and answered.
+
+`nat` in CONNECT is ours, too: what the sender's NATs do (`nat/report.py`). When by both reports only guessed ports can
+help, B says so in SYNC (`guess`: 2 predict, 3 birthday) and the two go on with `nat/guess.py` at once: at a prediction
+nothing else is sent meanwhile, since each new flow moves a sequential NAT's ports on; beside a birthday TCP is tried.
 
     probe     0b | token 16 | random to 64 bytes          the first byte is neither STUN's nor QUIC's (RFC 9443)
 
@@ -37,6 +42,10 @@ from typing import Final, TypeAlias
 from lattica_protocols import limits
 from lattica_protocols.errors import LocalProtocolError, RemoteProtocolError
 from lattica_protocols.multiaddr import Multiaddr
+from lattica_protocols.nat.behaviour import NatBehaviour
+from lattica_protocols.nat.guess import TECHNIQUES
+from lattica_protocols.nat.punch_plan import Technique, choose_technique
+from lattica_protocols.nat.report import NatReport
 from lattica_protocols.peer_record import decode_addrs_untrusted
 from lattica_protocols.protobuf import Kind, Message, optional, repeated
 
@@ -76,6 +85,8 @@ class PunchMessage(Message):
     type: int | None = optional(1, Kind.ENUM)
     addrs: Sequence[bytes] = repeated(2, Kind.BYTES, max_count=limits.DCUTR_MAX_ADDRS)
     token: bytes | None = optional(16, Kind.BYTES, max_bytes=TOKEN_BYTES)
+    nat: NatReport | None = optional(17, NatReport, max_bytes=limits.NAT_MAX_REPORT_BYTES)
+    guess: int | None = optional(18, Kind.ENUM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +96,11 @@ class Partner:
     addrs: tuple[Multiaddr, ...]
     token: bytes | None
     """To be put into probes; `None` from others than us."""
+    nat: NatBehaviour | None = None
+    """What it says of its NATs; `None` from others than us."""
+
+
+_GUESSES: Final = {n: technique for n, technique in TECHNIQUES.items() if technique is not Technique.SIMPLE}
 
 
 class PunchExchange:
@@ -97,7 +113,17 @@ class PunchExchange:
     exchange.punch_at                    set by the last message: when to punch, on the clock of `now`
     """
 
-    def __init__(self, *, initiator: bool, addrs: Sequence[Multiaddr], token: bytes, now: float) -> None:
+    def __init__(
+        self,
+        *,
+        initiator: bool,
+        addrs: Sequence[Multiaddr],
+        token: bytes,
+        now: float,
+        nat: NatBehaviour | None = None,
+        may_guess: bool = False,
+    ) -> None:
+        """`nat`: what ours does; `None`: we guess no ports. `may_guess`: the initiator goes on with that if need be."""
         if len(token) != TOKEN_BYTES:
             raise LocalProtocolError(f"a token has {TOKEN_BYTES} bytes")
         self.initiator = initiator
@@ -105,13 +131,25 @@ class PunchExchange:
         self.punch_at: float | None = None
         self.round_trip: float | None = None
         """Seconds over the relay, measured by the initiator."""
+        self.guess: Technique | None = None
+        """Set with `punch_at` when ports are guessed instead."""
+        self._nat = nat
+        self._may_guess = may_guess
         self._addrs = tuple(addr.to_bytes() for addr in addrs)
         self._token = token
         self._sent_at = now
         self._out: list[PunchMessage] = [self._connect()] if initiator else []
 
     def _connect(self) -> PunchMessage:
-        return PunchMessage(type=PunchType.CONNECT, addrs=self._addrs, token=self._token)
+        report = None if self._nat is None else NatReport.of(self._nat)
+        return PunchMessage(type=PunchType.CONNECT, addrs=self._addrs, token=self._token, nat=report)
+
+    def _sync(self, partner: Partner) -> PunchMessage:
+        if self._may_guess and self._nat is not None and partner.nat is not None:
+            chosen = choose_technique(self._nat, partner.nat)
+            self.guess = chosen if chosen in _GUESSES.values() else None
+        number = next((n for n, technique in _GUESSES.items() if technique is self.guess), None)
+        return PunchMessage(type=PunchType.SYNC, guess=number)
 
     def poll_transmit(self) -> bytes | None:
         """The next message to send, `None`: nothing now."""
@@ -127,17 +165,19 @@ class PunchExchange:
                 raise RemoteProtocolError("the exchange has to begin with CONNECT")
             addrs = tuple(addr for addr in decode_addrs_untrusted(message.addrs) if not addr.is_circuit)
             token = message.token if message.token and len(message.token) == TOKEN_BYTES else None
-            self.partner = Partner(addrs, token)
+            nat = None if message.nat is None else message.nat.behaviour()
+            self.partner = Partner(addrs, token, nat)
             if self.initiator:
                 self.round_trip = now - self._sent_at
                 if not 0 <= self.round_trip <= MAX_ROUND_TRIP:
                     raise RemoteProtocolError(f"the answer took {self.round_trip:.1f} s")
-                self._out.append(PunchMessage(type=PunchType.SYNC))
+                self._out.append(self._sync(self.partner))
                 self.punch_at = now + self.round_trip / 2
             else:
                 self._out.append(self._connect())
         elif message.type == PunchType.SYNC:
             self.punch_at = now
+            self.guess = _GUESSES.get(message.guess or 0)
         else:
             raise RemoteProtocolError("expected SYNC")
 
@@ -229,7 +269,10 @@ def _is_transport(addr: Multiaddr) -> bool:
 class PunchBudget:
     """How much is sent towards one IP address, over all partners: a token bucket each."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, burst: float = limits.PUNCH_PER_IP_BURST, per_second: float = limits.PUNCH_PER_IP_PER_SECOND
+    ) -> None:
+        self._burst, self._per_second = float(burst), per_second
         self._accounts: dict[IpAddress, tuple[float, float]] = {}
 
     def take(self, ip: IpAddress, now: float, count: int = 1) -> bool:
@@ -240,17 +283,23 @@ class PunchBudget:
                 self._sweep(now)
                 if len(self._accounts) >= limits.PUNCH_TRACKED_IPS:
                     return False
-            account = (float(limits.PUNCH_PER_IP_BURST), now)
+            account = (self._burst, now)
         tokens = self._filled(account, now)
         allowed = tokens >= count
         self._accounts[ip] = (tokens - count if allowed else tokens), now
         return allowed
 
+    def give_back(self, ip: IpAddress, now: float, count: int) -> None:
+        """What was taken and not sent."""
+        account = self._accounts.get(ip)
+        if account is not None:
+            self._accounts[ip] = min(self._burst, self._filled(account, now) + count), now
+
     def _filled(self, account: tuple[float, float], now: float) -> float:
         tokens, at = account
-        return min(float(limits.PUNCH_PER_IP_BURST), tokens + (now - at) * limits.PUNCH_PER_IP_PER_SECOND)
+        return min(self._burst, tokens + (now - at) * self._per_second)
 
     def _sweep(self, now: float) -> None:
         for ip, account in list(self._accounts.items()):
-            if self._filled(account, now) >= limits.PUNCH_PER_IP_BURST:
+            if self._filled(account, now) >= self._burst:
                 del self._accounts[ip]

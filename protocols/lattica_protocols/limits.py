@@ -385,6 +385,12 @@ NAT_MAX_PROBES = 4096
 NAT_PROBES_PER_SECOND = 100.0
 """Of a birthday attempt, each side. Tailscale's rate; small home routers drop bursts of new flows."""
 
+NAT_MAX_STEP = 16
+"""From one port of a sequential NAT to the next, as hosts behind it take some in between. More predicts nothing."""
+
+NAT_MAX_REPORT_BYTES = 64
+"""What a peer tells of its NAT: eight small numbers."""
+
 NAT_MAX_ANSWERS = 512
 """Answers to signed probes in one attempt: a partner that sends more plays tricks."""
 
@@ -620,6 +626,25 @@ PUNCH_ATTEMPTS = 3
 
 PUNCH_ANSWERS_PER_MINUTE = 8
 """Attempts that one partner may start: two rounds of three, and two to spare."""
+
+# -- guessing ports (/lattica/punch/1) ----------------------------------------------------------------------------
+GUESS_MAX_MESSAGE_BYTES = 512
+"""A key, a report and addresses: about 150 are used."""
+
+GUESS_MAX_ADDRS = 4
+"""Public addresses of one socket: one, or some while a NAT has moved it."""
+
+GUESS_ANSWERS_PER_MINUTE = 6
+"""Attempts that one partner may start: two predictions and a birthday, and again after it was gone for a moment."""
+
+GUESS_PER_IP_BURST = 8192
+GUESS_PER_IP_PER_SECOND = 10.0
+"""Datagrams of guesses towards one IP address, over all partners: two attempts that find nothing and some that do, then
+1 kB/s on average. A relay that lies about where a partner is can make us send that much to a third party, no more."""
+
+GUESS_OPENER_MAX_TTL = 4
+"""Hops of the datagrams that open our own NATs: two in a row, and what stands between. A step beyond the last one's
+router they die in the provider's network."""
 
 # -- replicated state (/lattica/replica/1) ------------------------------------------------------------------------
 REPLICA_MAX_UPDATE_BYTES = 256 << 10

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import random
 
+import fuzz_corpus as corpus
 from fuzz_machines import Driver, Transcript
 
 from lattica_protocols.errors import RemoteProtocolError
+from lattica_protocols.limits import NAT_MAX_PROBES
+from lattica_protocols.nat.behaviour import NatBehaviour
 from lattica_protocols.nat.discovery import Discovery, Observer
-from lattica_protocols.nat.punch import Puncher
-from lattica_protocols.nat.punch_plan import PunchPlan, Technique
+from lattica_protocols.nat.guess import GuessExchange, GuessMessage, refusal
+from lattica_protocols.nat.punch import Puncher, most_probes
+from lattica_protocols.nat.punch_plan import PunchPlan, Side, Technique
+from lattica_protocols.nat.report import NatReport
+from lattica_protocols.nat.sampler import SAMPLES, SECONDS, PortSampler
 from lattica_protocols.stun import (
     Attribute,
     MessageType,
@@ -150,4 +156,69 @@ class Partner(Driver):
         assert sent <= 20 * len(parts) + 40
 
 
-DRIVERS: list[Driver] = [StunClients(), StunServers(), Observers(), Partner()]
+class Sampled(Driver):
+    """Observers that answer the questions right before a punch with whatever they like."""
+
+    name = "nat.PortSampler"
+    covers = (PortSampler,)
+
+    def seeds(self) -> list[Transcript]:
+        return [tuple(stun_messages(fingerprint=False))]
+
+    def run(self, parts: list[bytes], rng: random.Random) -> None:
+        machine = PortSampler([(f"203.0.113.{i}", 3478) for i in range(1, 5)], rng, 0.0)
+        sent, now = 0, 0.0
+        while (due := machine.next_timeout()) is not None:
+            now = max(now, due)
+            for datagram in machine.poll_transmit():
+                sent += 1
+                part = rng.choice(parts) if parts else b""
+                data = part[:8] + datagram.data[8:20] + part[20:]
+                machine.receive_datagram(datagram.socket, data, datagram.to, now)
+            machine.handle_timer(now)
+        assert now <= SECONDS
+        assert sent <= 2 * (SAMPLES + 3)
+        sampled = machine.next_event()
+        assert sampled is not None
+        assert 0 < sampled.allocation.low < sampled.allocation.high <= 65535
+
+
+class Guesser(Driver):
+    """A partner with whom ports are to be guessed, then what its claims make us send."""
+
+    name = "nat.GuessExchange"
+    covers = (GuessExchange,)
+
+    def seeds(self) -> list[Transcript]:
+        addrs = (corpus.ADDRS[0].to_bytes(),)
+        block = NatReport(mapping=4, filtering=3, ports=4, low=30000, high=32047)
+        counting = NatReport(mapping=4, filtering=3, ports=2, low=1024, high=65535, step=1, last=20007)
+        return [
+            (
+                GuessMessage(type=1, key=bytes(16), nat=nat, addrs=addrs).encode(),
+                GuessMessage(type=2, technique=technique, opens=True).encode(),
+            )
+            for nat, technique in ((block, 3), (counting, 2))
+        ] + [(refusal(),)]
+
+    def generate(self, rng: random.Random) -> list[bytes]:  # type: ignore[override]
+        return [corpus.random_message(GuessMessage, rng).encode() for _ in range(rng.choice((1, 2, 3)))]
+
+    def run(self, parts: list[bytes], rng: random.Random) -> None:
+        exchange = GuessExchange(initiator=rng.random() < 0.5)
+        own = Side(NatBehaviour(), (CLIENT,))
+        proven = {str(addr.ip()) for addr in corpus.ADDRS[:1]}
+        if exchange.initiator:
+            exchange.offer(own, bytes(16), 0.0)
+        for i, part in enumerate(parts):
+            exchange.receive_untrusted(part, rng.choice((0.0, 0.1, 9.0)))
+            if not exchange.initiator and i == 0:
+                exchange.offer(own, bytes(16), 0.1)
+        if exchange.technique is not None:
+            plan = exchange.plan(proven, opener_ttl=2, opener_wait=0.1)
+            machine = Puncher(plan, exchange.key, controlling=exchange.initiator, rng=rng, now=0.0)
+            assert {datagram.to[0] for datagram in machine.poll_transmit()} <= proven
+            assert most_probes(plan) <= NAT_MAX_PROBES
+
+
+DRIVERS: list[Driver] = [StunClients(), StunServers(), Observers(), Partner(), Sampled(), Guesser()]

@@ -14,10 +14,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -40,6 +41,11 @@ NATTED = '[relay]\nuse = "always"\n[discovery]\nmode = "client"\n'
 PUBLIC = '[discovery]\nmode = "client"\n'
 ONE_WAY = 0.02
 DIRECT_SECONDS = 15.0
+BIRTHDAY_SECONDS = 40.0
+"""One attempt of 28 s, and what comes before and after."""
+BIRTHDAY_PAIRS = 5
+"""That take turns: no peer begins more than some attempts with another in a minute."""
+SLOW_BIRTHDAY_SECONDS = 10.0
 SLOW_SECONDS = 0.5
 """What is slower is shown with what was tried."""
 Row = tuple[str, str, str, str]
@@ -147,6 +153,74 @@ class LabFigures:
             a.json("peer", "disconnect", b.peer_id)
         return found
 
+    def _guessed(self, a: LabDaemon, b: LabDaemon, seconds: float) -> dict[str, Any] | None:
+        """`a` connects with `b` over a relay: what they report once that is direct; `None`: it is not in time."""
+        a.json("peer", "connect", relayed_addr(b) or b.address("udp"))
+
+        def told() -> list[dict[str, Any]]:
+            pairs = ((a, b), (b, a))
+            found = [p for one, other in pairs for p in one.json("nat")["peers"] if p["peer_id"] == other.peer_id]
+            done = [p for p in found if p["result"] and not any(guess["running"] for guess in p["guesses"])]
+            return done if len(done) == 2 else []
+
+        try:
+            wait_until(told, seconds)
+        except AssertionError:
+            return None
+        first, second = told()
+        rates = [g["probes"] / g["seconds"] for peer in (first, second) for g in peer["guesses"] if g["direct"]]
+        return {"seconds": max(first["seconds"], second["seconds"]), "rate": max(rates, default=0.0), "a": first}
+
+    def _known(self, kinds: Iterable[str], count: int = 2) -> dict[tuple[str, int], LabDaemon]:
+        """Daemons behind each kind of box, which know what their NATs do."""
+        made = {
+            (kind, i): self.daemon(f"{kind.replace('+', '-')}{i}", self.lab.host_behind(kind))
+            for kind in kinds
+            for i in range(count)
+        }
+        for one in made.values():
+            one.wait_reserved()
+            wait_until(lambda one=one: one.json("nat")["mapping"] != "unknown", 30.0, one.process.log)  # type: ignore[misc]
+        return made
+
+    def predicted(self) -> Iterator[Row]:
+        """The pairs that prediction alone can make direct."""
+        pairs = [pair for pair in sim.PAIRS if sim.expected(*pair) is Technique.PREDICT]
+        made = self._known(dict.fromkeys(kind for pair in pairs for kind in pair))
+        times = []
+        for kind, other in pairs:
+            a, b = made[kind, 0], made[other, 1]
+            found = self._guessed(a, b, DIRECT_SECONDS)
+            if found is None or found["a"]["technique"] != "predict":
+                sys.stderr.write(f"not by prediction: {kind} x {other}: {found}\n")
+            else:
+                times.append(found["seconds"])
+                if times[-1] > SLOW_SECONDS:
+                    sys.stderr.write(f"slow: {kind} x {other}: {found}\n")
+            a.json("peer", "disconnect", b.peer_id)
+        figure = f"{len(times)} of {len(pairs)}, median {_median(times):.2f} s, slowest {max(times, default=0):.2f} s"
+        yield "sequential NATs by prediction", figure, "7 of 7", self.how
+
+    def birthday(self, runs: int) -> Iterator[Row]:
+        """A random symmetric NAT and a port-restricted one, from the relayed connection to the direct one."""
+        made = self._known(("sym", "apdf"), BIRTHDAY_PAIRS)
+        times, rates = [], []
+        for run in range(runs):
+            a, b = (made[kind, run % BIRTHDAY_PAIRS] for kind in ("sym", "apdf")[:: 1 if run % 2 else -1])
+            found = self._guessed(a, b, BIRTHDAY_SECONDS)
+            if found is None:
+                sys.stderr.write(f"run {run}: not direct: {a.json('nat')['peers']}\n")
+            else:
+                times.append(found["seconds"])
+                rates.append(found["rate"])
+                if times[-1] > SLOW_BIRTHDAY_SECONDS:
+                    sys.stderr.write(f"slow: run {run}: {found}\n")
+            a.json("peer", "disconnect", b.peer_id)
+        figure = f"{len(times)} of {runs}, median {_median(times):.1f} s, slowest {max(times, default=0):.1f} s"
+        yield "random x port-restricted, birthday", figure, "95 %, 10 s", self.how
+        yield "   probes of one side", f"{max(rates, default=0):.0f}/s at most", "200/s", self.how
+
+
 class PairFigures:
     """What one run over all pairs gave."""
 
@@ -186,6 +260,12 @@ def all_pairs(runs: int) -> Iterator[Row]:
     within = sum(seconds < 1.0 for seconds in first)
     figure = f"{within} of {len(first)}, slowest {max(first):.2f} s"
     yield "first answer within 1 s, any path", figure, "all", f"{how}, with commands"
+
+
+def guessed(rows: Callable[[LabFigures], Iterator[Row]]) -> Iterator[Row]:
+    """Rows of pairs whose ports have to be guessed, in a lab of their own."""
+    with TemporaryDirectory() as folder, ExitStack() as stack:
+        yield from rows(LabFigures(Path(folder), stack))
 
 
 def classified() -> Iterator[Row]:
@@ -255,7 +335,8 @@ def show(row: Row) -> None:
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--idle-seconds", type=float, default=120.0)
-    parser.add_argument("--only", choices=("t0", "boxes", "pairs", "mapped", "idle"))
+    parser.add_argument("--birthday-runs", type=int, default=30)
+    parser.add_argument("--only", choices=("t0", "boxes", "pairs", "predicted", "birthday", "mapped", "idle"))
     parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args(arguments)
     if os.environ.get("LATTICA_NAT_LAB") != "1":
@@ -272,6 +353,8 @@ def main(arguments: Sequence[str]) -> int:
         "t0": simulated,
         "boxes": classified,
         "pairs": lambda: all_pairs(options.runs),
+        "predicted": lambda: guessed(LabFigures.predicted),
+        "birthday": lambda: guessed(lambda lab: lab.birthday(options.birthday_runs)),
         "mapped": lambda: mapped(options.runs),
         "idle": lambda: idle(options.idle_seconds),
     }

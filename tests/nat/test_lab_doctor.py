@@ -91,8 +91,8 @@ def test_doctor_names_the_cause(kind: str, daemons: dict[str, LabDaemon]) -> Non
 @pytest.mark.parametrize(
     ("a", "b", "word"),
     [
-        ("sym", "apdf", "the port has to be guessed"),
-        ("apdf", "sym", "symmetric NAT: the peer is"),
+        ("sym", "symseq", "neither side can know"),
+        ("symseq", "sym", "symmetric NAT: we are and the peer is"),
         ("tcp443", "apdf", "UDP is blocked where we are"),
         ("apdf", "tcp443", "UDP is blocked where the peer is"),
     ],
@@ -110,8 +110,42 @@ def test_doctor_says_why_a_peer_is_relayed(a: str, b: str, word: str, daemons: d
     one.json("peer", "disconnect", other.peer_id)
 
 
+@pytest.mark.parametrize(
+    ("a", "b", "technique", "word"),
+    [("sym", "apdf", "birthday", "by trying many"), ("apdf", "symseq", "predict", "through a predicted port")],
+)
+def test_a_guessed_path_is_told(a: str, b: str, technique: str, word: str, daemons: dict[str, LabDaemon]) -> None:
+    one, other = daemons[a], daemons[b]
+    relayed = next(addr for addr in other.json("id")["addrs"] if "/tcp/443/" in addr and "/ip4/198.18." in addr)
+    one.json("peer", "connect", f"{relayed}/p2p/{other.peer_id}")
+    wait_until(lambda: one.paths(other) & {"quic"}, 30.0, one.process.log)
+    wait_until(lambda: not any(guess["running"] for guess in _report(one, other)["guesses"]), 5.0, one.process.log)
+    report = _report(one, other)
+    assert report["technique"] == technique, report
+    (guess,) = [guess for guess in report["guesses"] if guess["direct"]]
+    assert guess["technique"] == technique
+    assert guess["probes"] > 0
+    attempts = by_check(one.json("doctor", other.peer_id))["attempts"]
+    assert word in attempts["detail"]
+    assert any("guessed ports" in line for line in attempts["evidence"])
+    assert technique in one.process.cli("nat").stdout
+    one.json("peer", "disconnect", other.peer_id)
+
+
+def _report(one: LabDaemon, other: LabDaemon) -> dict[str, Any]:
+    found: dict[str, Any] = next(peer for peer in one.json("nat")["peers"] if peer["peer_id"] == other.peer_id)
+    return found
+
+
 def _attempts(one: LabDaemon, other: LabDaemon) -> int:
     return sum(peer["attempts"] for peer in one.json("nat")["peers"] if peer["peer_id"] == other.peer_id)
+
+
+def test_ports_that_are_counted_up_stay_known(daemons: dict[str, LabDaemon]) -> None:
+    """Observers see old mappings of the main socket again; the verdict rests on new ones."""
+    for _ in range(2):
+        ports = daemons["symseq"].json("nat", "--fresh")["ports"]
+        assert (ports["choice"], ports["step"]) == ("sequential", 1)
 
 
 def test_the_time_a_mapping_lives_is_measured(daemons: dict[str, LabDaemon]) -> None:

@@ -20,7 +20,9 @@ import trio.testing
 from test_relay import QUIC, TCP, addr_of, relay_node
 
 from lattica.host import Host, PeerConnected
+from lattica.negotiate import LazyStream
 from lattica.node import Node, NodeConfig, open_node
+from lattica_protocols.dcutr import PROTOCOL_ID, PunchExchange
 from lattica_protocols.multiaddr import Multiaddr
 
 
@@ -181,6 +183,69 @@ def test_a_fetch_goes_on_while_the_path_changes(run, tmp_path: Path) -> None:
                 assert await until_direct(a, b) == "tcp"
             digests = [hashlib.sha256(path.read_bytes()).digest() for path in (source, tmp_path / "copy.bin")]
             assert digests[0] == digests[1]
+            nursery.cancel_scope.cancel()
+
+    run(main)
+
+
+def test_a_partner_that_tries_again_is_answered_at_once(run) -> None:
+    """It gives an attempt up some milliseconds before we do, as it waited for less of the exchange."""
+
+    async def main() -> None:
+        async with (
+            relay_node(QUIC) as relay,
+            natted_node(relay, [QUIC]) as a,
+            natted_node(relay, [QUIC]) as b,
+            trio.open_nursery() as nursery,
+        ):
+            nursery.start_soon(a.punch.run)
+            await trio.testing.wait_all_tasks_blocked()
+            await a.host.connect(None, [circuit_to(b)])
+            while not b.host.connections(a.peer_id):
+                await trio.lowlevel.checkpoint()
+            (relayed,) = b.host.connections(a.peer_id)
+            for _ in range(3):
+                stream = LazyStream(await relayed.open_stream(), PROTOCOL_ID)
+                exchange = PunchExchange(initiator=True, addrs=[], token=bytes(16), now=trio.current_time())
+                await stream.send_frame(exchange.poll_transmit() or b"")
+                exchange.receive_untrusted(await stream.receive_frame(4096), trio.current_time())
+                await stream.send_frame(exchange.poll_transmit() or b"")
+                await stream.aclose()
+                assert exchange.punch_at is not None
+            nursery.cancel_scope.cancel()
+
+    run(main)
+
+
+def test_a_new_relayed_connection_does_not_wait_for_what_was_tried_over_the_old_one(
+    run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with (
+            relay_node(QUIC) as relay,
+            natted_node(relay, [QUIC]) as a,
+            natted_node(relay, [QUIC]) as b,
+            trio.open_nursery() as nursery,
+        ):
+            begun = trio.Event()
+
+            async def hang(*_: object) -> None:
+                begun.set()
+                await trio.sleep_forever()
+
+            with monkeypatch.context() as patched:
+                patched.setattr(b.punch, "_initiate", hang)
+                nursery.start_soon(b.punch.run)
+                await trio.testing.wait_all_tasks_blocked()
+                first = await a.host.connect(None, [circuit_to(b)])
+                await begun.wait()
+            await first.aclose()
+            while b.host.connections(a.peer_id):
+                await trio.lowlevel.checkpoint()
+            nursery.start_soon(a.punch.run)
+            await trio.testing.wait_all_tasks_blocked()
+            await a.host.connect(None, [circuit_to(b)])
+            assert await until_direct(b, a) == "quic"
             nursery.cancel_scope.cancel()
 
     run(main)

@@ -20,6 +20,8 @@ from lattica_protocols.dcutr import (
 )
 from lattica_protocols.errors import LocalProtocolError, RemoteProtocolError
 from lattica_protocols.multiaddr import Multiaddr
+from lattica_protocols.nat.behaviour import Allocation, Filtering, Mapping, NatBehaviour, Ports
+from lattica_protocols.nat.punch_plan import Technique
 
 UDP = Multiaddr.parse("/ip4/203.0.113.7/udp/4101/quic-v1")
 TCP = Multiaddr.parse("/ip4/203.0.113.7/tcp/4101")
@@ -92,6 +94,58 @@ def test_messages_out_of_order_are_refused(messages: list[PunchMessage]) -> None
         a.receive_untrusted(message.encode(), 0.1)
     with pytest.raises(RemoteProtocolError):
         a.receive_untrusted(wrong.encode(), 0.1)
+
+
+EASY = NatBehaviour(Mapping.ENDPOINT_INDEPENDENT, Filtering.ADDRESS_AND_PORT_DEPENDENT)
+HARD = NatBehaviour(Mapping.ADDRESS_AND_PORT_DEPENDENT, Filtering.ADDRESS_AND_PORT_DEPENDENT, Allocation(Ports.RANDOM))
+COUNTING = NatBehaviour(
+    Mapping.ADDRESS_AND_PORT_DEPENDENT, Filtering.ADDRESS_AND_PORT_DEPENDENT, Allocation(Ports.SEQUENTIAL, step=1)
+)
+
+
+@pytest.mark.parametrize(
+    ("b_nat", "a_nat", "may_guess", "guess"),
+    [
+        (EASY, HARD, True, Technique.BIRTHDAY),
+        (COUNTING, EASY, True, Technique.PREDICT),
+        (EASY, EASY, True, None),
+        (HARD, HARD, True, None),
+        (EASY, HARD, False, None),
+        (EASY, None, True, None),
+        (None, HARD, True, None),
+    ],
+)
+def test_both_know_when_ports_are_guessed_instead(
+    b_nat: NatBehaviour | None, a_nat: NatBehaviour | None, may_guess: bool, guess: Technique | None
+) -> None:
+    b = PunchExchange(initiator=True, addrs=[UDP], token=bytes(16), now=0, nat=b_nat, may_guess=may_guess)
+    a = PunchExchange(initiator=False, addrs=[UDP], token=bytes(16), now=0, nat=a_nat)
+    for sender, receiver in ((b, a), (a, b), (b, a)):
+        receiver.receive_untrusted(sender.poll_transmit() or b"", 0.1)
+    assert a.punch_at is not None
+    assert b.punch_at is not None
+    assert (a.guess, b.guess) == (guess, guess)
+    assert a.partner is not None
+    assert a.partner.nat == b_nat
+
+
+def test_a_guess_that_nobody_knows_is_none() -> None:
+    for number in (0, 1, 4, -1, 1 << 40):
+        a = PunchExchange(initiator=False, addrs=[], token=bytes(16), now=0, nat=EASY)
+        a.receive_untrusted(PunchMessage(type=100).encode(), 0.1)
+        a.receive_untrusted(PunchMessage(type=300, guess=number).encode(), 0.1)
+        assert a.guess is None
+
+
+def test_a_budget_in_whole_attempts() -> None:
+    budget = PunchBudget(100, 10)
+    assert budget.take(ip("203.0.113.7"), 0.0, 80)
+    assert not budget.take(ip("203.0.113.7"), 0.0, 30)
+    assert budget.take(ip("203.0.113.8"), 0.0, 30), "another one's"
+    budget.give_back(ip("203.0.113.7"), 0.0, 10)
+    assert budget.take(ip("203.0.113.7"), 0.0, 30)
+    assert not budget.take(ip("203.0.113.7"), 5.0, 51)
+    assert budget.take(ip("203.0.113.7"), 5.0, 50)
 
 
 def test_a_stalled_path_is_not_measured() -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lattica.nat.guesser import Guess
 from lattica.punch import PunchReport
 from lattica_daemon.doctor import machine, peer
 from lattica_daemon.doctor.facts import Facts, Finding, Link, surroundings
@@ -17,6 +18,7 @@ from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.keys import PrivateKey
 from lattica_protocols.multiaddr import Multiaddr
 from lattica_protocols.nat.behaviour import Allocation, Filtering, Mapping, NatBehaviour, Ports
+from lattica_protocols.nat.punch_plan import Technique
 from lattica_protocols.peer_id import PeerId
 
 EIM, APDM = Mapping.ENDPOINT_INDEPENDENT, Mapping.ADDRESS_AND_PORT_DEPENDENT
@@ -205,6 +207,19 @@ def test_attempts_are_told_with_their_results() -> None:
     assert peer.check_path(direct).ok
     assert peer.check_cause(direct) is None
     assert "over quic after 0.20 s" in (peer.check_attempts(direct) or Finding("", False, "")).detail
+
+
+def test_guesses_are_told_with_their_results() -> None:
+    report = PunchReport(PeerId.parse(PEER), 0.0, 1)
+    report.guesses.append(Guess(Technique.BIRTHDAY, True, 256, 28.04, False, error="nothing got through"))
+    attempts = told(HOME, SYMMETRIC, report=report)["attempts"]
+    assert attempts.evidence == ("guessed ports: birthday, many sockets: 256 probes, 28.0 s: nothing got through",)
+    assert str(Guess(Technique.BIRTHDAY)) == "birthday, many ports: 0 probes, 0.0 s: running"
+    report.guesses.append(Guess(Technique.PREDICT, probes=16, seconds=0.31, running=False, direct=True))
+    report.result, report.technique, report.seconds = "quic", "predict", 0.31
+    attempts = told(HOME, SYMMETRIC, report=report)["attempts"]
+    assert attempts.detail.startswith("a direct path over quic through a predicted port after 0.31 s")
+    assert attempts.evidence[1] == "guessed ports: predict: 16 probes, 0.3 s: direct"
 
 
 @pytest.mark.parametrize("known", [HOME, SYMMETRIC, OPEN, BLOCKED])

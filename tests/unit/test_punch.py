@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -15,7 +17,7 @@ from lattica_protocols.limits import (
 )
 from lattica_protocols.nat.behaviour import Allocation, Filtering, Mapping, NatBehaviour, Ports
 from lattica_protocols.nat.probe import decode_probe_untrusted, encode_probe, encode_probe_answer
-from lattica_protocols.nat.punch import LINGER, PathFound, PunchEnded, Puncher
+from lattica_protocols.nat.punch import LINGER, PathFound, PunchEnded, Puncher, most_probes
 from lattica_protocols.nat.punch_plan import (
     BIRTHDAY_SOCKETS,
     PREDICTED_PORTS,
@@ -25,12 +27,15 @@ from lattica_protocols.nat.punch_plan import (
     choose_technique,
     plan_punch,
     search_range,
+    should_open,
+    techniques_to_try,
 )
 from lattica_protocols.stun import SocketAddr, encode_message
 from lattica_protocols.stun_client import Datagram
 
 KEY = b"k" * 32
 PARTNER = ("203.0.113.5", 7000)
+BIRTHDAY = Technique.BIRTHDAY
 VICTIM = ("192.0.2.66", 53)
 
 EASY = NatBehaviour(
@@ -142,6 +147,60 @@ def test_the_search_of_a_birthday() -> None:
     for start in range(30):
         assert sum(start <= at < start + 1 for at, _ in sent) <= 101
     assert sent[-1][0] <= 30.0
+
+
+def test_a_search_in_a_known_range_goes_on_outside_of_it() -> None:
+    block = Allocation(Ports.BLOCK, 30000, 30999)
+    plan = plan_punch(Side.of(EASY), Side.of(replace(HARD, allocation=replace(block, last=30000))), proven={PARTNER[0]})
+    ports = [datagram.to[1] for _, datagram in run_out(puncher(plan))]
+    assert sorted(ports[:1000]) == list(range(30000, 31000))
+    assert len(set(ports)) == len(ports) > 2000
+    spread = Allocation(Ports.RANDOM, 32768, 60999, last=40000)
+    plan = plan_punch(Side.of(EASY), Side.of(replace(HARD, allocation=spread)), proven={PARTNER[0]})
+    assert all(32768 <= datagram.to[1] <= 60999 for _, datagram in run_out(puncher(plan)))
+
+
+def test_a_process_that_was_held_up_sends_no_burst() -> None:
+    machine = puncher(plan_punch(Side.of(EASY), Side.of(HARD), proven={PARTNER[0]}))
+    machine.poll_transmit()
+    machine.handle_timer(5.0)
+    assert len(machine.poll_transmit()) <= 11
+
+
+def test_what_is_sent_is_known_before() -> None:
+    for own, peer in ((EASY, EASY), (EASY, HARD), (HARD, EASY), (EASY, COUNTING), (COUNTING, COUNTING)):
+        for wait in (0.0, 0.15):
+            plan = plan_punch(Side.of(own), Side.of(peer), proven={PARTNER[0]}, opener_ttl=2, opener_wait=wait)
+            assert len(run_out(puncher(plan))) <= most_probes(plan)
+
+
+def test_ports_that_are_predicted_are_those_of_a_new_socket() -> None:
+    counting = plan_punch(Side.of(COUNTING), Side.of(EASY), proven={PARTNER[0]})
+    easy = plan_punch(Side.of(EASY), Side.of(COUNTING), proven={PARTNER[0]})
+    assert {datagram.socket for _, datagram in run_out(puncher(counting))} == {1}
+    assert {datagram.socket for _, datagram in run_out(puncher(easy))} == {0}
+
+
+def test_one_of_the_two_opens_the_sockets() -> None:
+    unknown = NatBehaviour()
+    for a, b in itertools.product((EASY, HARD, unknown), repeat=2):
+        opens = should_open(a, b, initiator=True)
+        assert opens != should_open(b, a, initiator=False)
+        plans = [
+            plan_punch(Side(x, (PARTNER,)), Side(y, (PARTNER,)), proven={PARTNER[0]}, technique=BIRTHDAY, opens=o)
+            for x, y, o in ((a, b, opens), (b, a, not opens))
+        ]
+        assert sorted(plan.open_sockets for plan in plans) == [0, BIRTHDAY_SOCKETS]
+        assert sorted(plan.search_ip is None for plan in plans) == [False, True]
+    assert should_open(HARD, EASY, initiator=False)
+
+
+@pytest.mark.parametrize("a", [EASY, HARD, COUNTING, NatBehaviour()])
+def test_no_technique_is_excluded(a: NatBehaviour) -> None:
+    """A verdict may be wrong: a birthday follows wherever one side may be an easy one."""
+    for b in (EASY, HARD, NatBehaviour()):
+        assert techniques_to_try(a, b) == techniques_to_try(b, a)
+        assert BIRTHDAY in techniques_to_try(a, b)
 
 
 def test_the_sockets_of_a_birthday() -> None:

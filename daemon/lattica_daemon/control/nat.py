@@ -14,6 +14,7 @@ from lattica_protocols.limits import NAT_MAX_LIFETIMES
 from lattica_protocols.nat.behaviour import Filtering, Mapping, NatBehaviour
 
 if TYPE_CHECKING:
+    from lattica.nat.guesser import Guess
     from lattica.punch import PunchReport
     from lattica_daemon.daemon import Daemon
     from lattica_protocols.peer_id import PeerId
@@ -88,9 +89,24 @@ class NatControl:
             "attempts": 0 if report is None else report.attempts,
             "tried": [] if report is None else list(report.tried),
             "errors": [] if report is None else list(report.errors),
+            "guesses": [] if report is None else [_guess(guess) for guess in report.guesses],
+            "technique": "" if report is None else report.technique,
             "result": "" if report is None else report.result,
             "seconds": None if report is None or report.seconds is None else round(report.seconds, 3),
         }
+
+
+def _guess(guess: Guess) -> dict[str, Any]:
+    return {
+        "technique": guess.technique.value,
+        "opened_sockets": guess.opened_sockets,
+        "probes": guess.probes,
+        "seconds": round(guess.seconds, 3),
+        "running": guess.running,
+        "direct": guess.direct,
+        "error": guess.error,
+        "text": str(guess),
+    }
 
 
 def _ports(known: NatBehaviour) -> dict[str, Any]:

@@ -12,6 +12,10 @@ from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.nat.behaviour import Allocation, Filtering, Mapping, NatBehaviour, Ports
 from lattica_protocols.nat.punch_plan import Technique, choose_technique
 
+_TECHNIQUES = {
+    "predict": " through a predicted port",
+    "birthday": " through a port found by trying many (birthday)",
+}
 PUNCH_SIDES = ("we are", "the peer is")
 
 
@@ -61,11 +65,16 @@ def check_attempts(facts: PeerFacts) -> Finding | None:
         if not facts.punch:
             return Finding("attempts", False, "hole punching is off in the settings", 'set relay.punch to "on"')
         return Finding("attempts", None, "no direct connection was tried yet", "wait some seconds, and ask again")
-    evidence = (*(f"tried {what}" for what in report.tried), *(f"failed: {error}" for error in report.errors))
+    evidence = (
+        *(f"tried {what}" for what in report.tried),
+        *(f"guessed ports: {guess}" for guess in report.guesses),
+        *(f"failed: {error}" for error in report.errors),
+    )
     times = f"{report.attempts} attempt{'s' if report.attempts != 1 else ''} at hole punching"
     if report.result:
         seconds = "" if report.seconds is None else f" after {report.seconds:.2f} s"
-        return Finding("attempts", True, f"a direct path over {report.result}{seconds}, {times}", "", evidence)
+        how = _TECHNIQUES.get(report.technique, "")
+        return Finding("attempts", True, f"a direct path over {report.result}{how}{seconds}, {times}", "", evidence)
     if not report.attempts:
         return Finding("attempts", None, "only the peer's own addresses were dialled, without success", "", evidence)
     return Finding("attempts", False, f"{times} without success", "see the cause", evidence)
@@ -98,7 +107,8 @@ def _cause(facts: PeerFacts, own: NatBehaviour, theirs: NatBehaviour | None) -> 
     if technique is Technique.PREDICT:
         return f"{where}; its ports are counted up and can be predicted, which fails when others use it, too", open_port
     if technique is Technique.BIRTHDAY:
-        return f"{where}; the other side lets in only whom it sent to: the port has to be guessed", open_port
+        told = f"{where}; the other side lets in only whom it sent to: the port has to be guessed, which takes seconds"
+        return told, open_port
     return f"{where}: neither side can know which port the other will use", open_port
 
 

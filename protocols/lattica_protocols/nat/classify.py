@@ -19,13 +19,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from lattica_protocols.limits import NAT_MAX_STEP
 from lattica_protocols.nat.behaviour import Allocation, Filtering, Mapping, Ports
 from lattica_protocols.stun import SocketAddr
 
 MIN_OBSERVERS = 3
 """For a verdict that one liar cannot turn round."""
-_MAX_STEP = 16
-"""Between two samples of a sequential NAT: other hosts take ports in between."""
 _MAX_BLOCK = 4096
 """Span of the samples of a port block. Four random ports of 64,512 are that near together once in 1,000."""
 _MIN_SAMPLES = 4
@@ -147,8 +146,10 @@ def classify_allocation(claims: Sequence[Claim], *, dependent: bool) -> Allocati
         if len(ports) >= _MIN_SAMPLES and high - low < _MAX_BLOCK:
             margin = (high - low) // (len(ports) - 1) + 1
             return Allocation(Ports.BLOCK, max(1, low - margin), min(65535, high + margin), last=last)
-    if max(views[0]) - min(views[0]) >= _MAX_BLOCK:
-        return Allocation(Ports.RANDOM, last=last)
+    low, high = min(views[0]), max(views[0])
+    if high - low >= _MAX_BLOCK:
+        margin = (high - low) // (len(views[0]) - 1) + 1
+        return Allocation(Ports.RANDOM, max(1024, low - margin), min(65535, high + margin), last=last)
     return Allocation(last=last)
 
 
@@ -160,7 +161,7 @@ def _ports(claims: Iterable[Claim]) -> list[int]:
 def _sequential_step(ports: Sequence[int]) -> int:
     """The usual difference, 0 when the ports do not follow each other."""
     deltas = [b - a for a, b in itertools.pairwise(ports)]
-    if len(deltas) < 2 or not all(0 < abs(delta) <= _MAX_STEP for delta in deltas):
+    if len(deltas) < 2 or not all(0 < abs(delta) <= NAT_MAX_STEP for delta in deltas):
         return 0
     if len({delta > 0 for delta in deltas}) > 1:
         return 0

@@ -1,0 +1,89 @@
+"""What `test_daemons` does not look at in punches with guessed ports: port blocks, the data meanwhile, the sockets."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from lab_daemons import LabDaemon, wait_until
+from nat_lab import Lab, LabHost
+
+NATTED = '[relay]\nuse = "always"\n[discovery]\nmode = "client"\n'
+RELAY_LISTEN = ("--listen", "/ip4/0.0.0.0/tcp/443", "--listen", "/ip4/0.0.0.0/udp/4101/quic-v1")
+EASY = ("apdf", "rej", "open")
+DIRECT_SECONDS = 35.0
+SOCKETS_CLOSED_SECONDS = 30.0
+
+
+@pytest.fixture(scope="module")
+def daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, LabDaemon]]:
+    """By kind of box."""
+    folder, lab = tmp_path_factory.mktemp("guess"), Lab()
+    relays: list[LabDaemon] = []
+    running: dict[str, LabDaemon] = {}
+    try:
+        for i in range(3):
+            known = [part for relay in relays for part in ("--bootstrap", relay.address())]
+            relays.append(LabDaemon(lab.public_host(), folder / f"relay{i}", "--relay", *known, listen=RELAY_LISTEN))
+        bootstrap = [part for relay in relays for part in ("--bootstrap", relay.address())]
+        for kind in ("symblk", "sym", *EASY):
+            running[kind] = LabDaemon(lab.host_behind(kind), folder / kind, *bootstrap, settings=NATTED)
+        for daemon in running.values():
+            daemon.wait_reserved()
+            wait_until(lambda d=daemon: d.json("nat")["mapping"] != "unknown", 30.0, daemon.process.log)  # type: ignore[misc]
+        yield running
+    finally:
+        for daemon in (*running.values(), *relays):
+            daemon.stop()
+
+
+def connect(one: LabDaemon, other: LabDaemon) -> None:
+    """Over a relay."""
+    addrs = [a for a in other.json("id")["addrs"] if "/ip4/198.18." in a and "/p2p-circuit" in a]
+    one.json("peer", "connect", f"{addrs[0]}/p2p/{other.peer_id}")
+
+
+def report(one: LabDaemon, other: LabDaemon) -> dict[str, Any]:
+    found: dict[str, Any] = next(peer for peer in one.json("nat")["peers"] if peer["peer_id"] == other.peer_id)
+    return found
+
+
+def udp_sockets(host: LabHost) -> int:
+    return len(host.netns.run(["cat", "/proc/net/udp"]).stdout.splitlines()) - 1
+
+
+@pytest.mark.parametrize("easy", EASY)
+def test_a_port_block_is_learnt(easy: str, daemons: dict[str, LabDaemon]) -> None:
+    one, other = daemons["symblk"], daemons[easy]
+    connect(one, other)
+    wait_until(lambda: "quic" in one.paths(other), DIRECT_SECONDS, lambda: one.process.log() + other.process.log())
+    wait_until(lambda: not any(guess["running"] for guess in report(other, one)["guesses"]), 5.0)
+    (guess,) = [guess for guess in report(other, one)["guesses"] if guess["direct"]]
+    assert guess["technique"] == "birthday"
+    assert guess["probes"] < 400, "2,048 ports, and not 64,512"
+    one.json("peer", "disconnect", other.peer_id)
+
+
+def test_data_flows_meanwhile_and_the_sockets_are_closed(daemons: dict[str, LabDaemon]) -> None:
+    hard, easy = daemons["sym"], daemons["apdf"]
+    before = udp_sockets(hard.host)
+    connect(hard, easy)
+    started, pings, most = time.monotonic(), 0, 0
+    while "quic" not in hard.paths(easy):
+        assert time.monotonic() - started < DIRECT_SECONDS, hard.process.log() + easy.process.log()
+        hard.json("peer", "ping", easy.peer_id, "--count", "1")
+        pings += 1
+        most = max(most, udp_sockets(hard.host))
+    hard.json("peer", "ping", easy.peer_id, "--count", "3")
+    wait_until(lambda: udp_sockets(hard.host) <= before + 1, SOCKETS_CLOSED_SECONDS, hard.process.log)
+    assert time.monotonic() - started < SOCKETS_CLOSED_SECONDS
+    guess = report(hard, easy)["guesses"][-1]
+    assert guess["opened_sockets"]
+    assert most > before or guess["probes"] < 20
+    for one, other in ((hard, easy), (easy, hard)):
+        guess = report(one, other)["guesses"][-1]
+        assert guess["probes"] <= 100 * guess["seconds"] + 20, "paced"
+    assert pings
+    hard.json("peer", "disconnect", easy.peer_id)
