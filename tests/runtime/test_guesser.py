@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import trio
-from test_punch import circuit_to, natted_node
+from natted_nodes import circuit_to, natted_node
 from test_relay import QUIC, relay_node
 
 from lattica.errors import LatticaError

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,12 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from test_relay import QUIC, TCP, addr_of, relay_node
+from natted_nodes import circuit_to, natted_node
+from test_relay import QUIC, TCP, relay_node
 
 from lattica.host import Host, PeerConnected
 from lattica.negotiate import LazyStream
-from lattica.node import Node, NodeConfig, open_node
+from lattica.node import Node
 from lattica_protocols.dcutr import PROTOCOL_ID, PunchExchange
 from lattica_protocols.multiaddr import Multiaddr
 
@@ -35,25 +35,6 @@ class Counter:
 
     async def echo(self, x: int) -> int:
         return x
-
-
-@asynccontextmanager
-async def natted_node(relay: Node, listen: list[str], *, tells: bool = False, **settings: Any) -> AsyncIterator[Node]:
-    """A node with a reservation that tells nobody where it listens (as a NAT hides it), unless it `tells`."""
-    config = NodeConfig(listen=listen, relay_use="always", relays=[addr_of(relay)], punch=False, **settings)
-    async with open_node(config) as node:
-        real = node.host.advertised_addrs
-        if not tells:
-            node.host.advertised_addrs = lambda: [addr for addr in real() if addr.is_circuit]  # type: ignore[method-assign]
-        while not node.relay_client.reservations():
-            await trio.lowlevel.checkpoint()
-        await node.wait_identified(relay.peer_id)
-        await relay.wait_identified(node.peer_id)
-        yield node
-
-
-def circuit_to(node: Node) -> Multiaddr:
-    return next(addr for addr in node.host.advertised_addrs() if addr.is_circuit).with_peer(node.peer_id)
 
 
 async def until_direct(node: Node, other: Node) -> str:
