@@ -45,6 +45,8 @@ from lattica_protocols.limits import (
 from lattica_protocols.replica.floor import COVERED_PREFIX, ChainEnd, Floor
 from lattica_protocols.replica.genesis import Genesis
 from lattica_protocols.replica.operation import Kind, Operation
+from lattica_protocols.replica.placement import places_of_state_untrusted
+from lattica_protocols.replica.plain import apply_untrusted
 from lattica_protocols.varint import decode_uvarint_untrusted
 
 _DOMAIN = b"lattica-checkpoint-1"
@@ -162,6 +164,7 @@ class Checkpoint:
                 _prefixes(covered),
                 _renamed(fields[16]),
                 handed,
+                state,
             )
         except (ValueError, TypeError, msgpack.UnpackException, RecursionError):
             raise RemoteProtocolError("not a checkpoint") from None
@@ -207,12 +210,14 @@ def follow_hand_overs_untrusted(handed: Sequence[bytes], genesis: Genesis) -> fr
 
 
 def vector_of(state: bytes) -> dict[int, int]:
-    """Clock behind the items of each client in an update that starts from nothing. `ValueError` when it is damaged."""
+    """Clock behind the items of each client in an update that starts from nothing. `RemoteProtocolError` when it is
+    damaged, or such that it must not be loaded."""
     if type(state) is not bytes or len(state) > REPLICA_MAX_STATE_BYTES:
-        raise ValueError("a state over the limit")
+        raise RemoteProtocolError("a state over the limit")
+    places_of_state_untrusted(state)
     # Loaded into a document of its own, because the vector of the bytes alone would trust their frame.
     doc = Doc[Any]()
-    doc.apply_update(state)
+    apply_untrusted(doc, state)
     vector = doc.get_state()
     count, at = decode_uvarint_untrusted(vector, 0)
     out = {}
