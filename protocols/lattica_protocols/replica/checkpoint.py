@@ -23,6 +23,7 @@ higher number is taken, then the one with more operations, then the one with the
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -53,6 +54,22 @@ _DOMAIN = b"lattica-checkpoint-1"
 VERSION = 1
 MAX_KEYS = REPLICA_MAX_WRITERS * 64
 """Keys in a list of a checkpoint: all that ever wrote."""
+
+MAX_HEAD_BYTES = 4 << 20
+"""The header and the signatures."""
+MAX_ARRAY = max(MAX_KEYS, REPLICA_MAX_TIPS)
+
+
+class Head(enum.Enum):
+    """What the first bytes of a checkpoint are."""
+
+    SIGNED = enum.auto()
+    UNSIGNED = enum.auto()
+    """It has the id that was asked for, but not enough of those who may signed it."""
+    WRONG = enum.auto()
+    """It is not what was asked for."""
+    CUT_OFF = enum.auto()
+
 
 Rank = tuple[int, int, bytes]
 """Number, operations and id of a checkpoint."""
@@ -170,6 +187,28 @@ class Checkpoint:
             raise RemoteProtocolError("not a checkpoint") from None
         return cls(space, number, previous, time, root, operations, floor, state, header, pairs)
 
+    @classmethod
+    def check_head_untrusted(cls, data: bytes, checkpoint: bytes, genesis: Genesis, owners: frozenset[bytes]) -> Head:
+        """What the first bytes of an encoded checkpoint tell, before the rest of up to 100 MB is fetched."""
+        unpacker = msgpack.Unpacker(use_list=False, max_buffer_size=MAX_HEAD_BYTES, max_array_len=MAX_ARRAY)
+        try:
+            unpacker.feed(data[:MAX_HEAD_BYTES])
+            if unpacker.read_array_header() != 3:
+                return Head.WRONG
+            header, signatures = unpacker.unpack()
+            if type(header) is not bytes or blake3(_DOMAIN + header).digest() != checkpoint:
+                return Head.WRONG
+            fields = read_header_untrusted(header, genesis.id)
+            pairs = tuple((_check_key(key), bytes(signature)) for key, signature in signatures[:REPLICA_MAX_WRITERS])
+            handed = tuple(bytes(op) for op in fields[15][:REPLICA_MAX_WRITERS])
+            trusted = owners | follow_hand_overs_untrusted(handed, genesis)
+        except msgpack.OutOfData:
+            return Head.CUT_OFF if len(data) < MAX_HEAD_BYTES else Head.WRONG
+        except (ValueError, TypeError, msgpack.UnpackException, RecursionError, RemoteProtocolError):
+            return Head.WRONG
+        enough = len(valid_signers(genesis, trusted, header, pairs)) >= (genesis.quorum or 1)
+        return Head.SIGNED if enough else Head.UNSIGNED
+
     @property
     def rank(self) -> Rank:
         return self.number, self.operations, self.id
@@ -240,7 +279,7 @@ def _unpack(data: bytes) -> Any:
     return msgpack.unpackb(
         data,
         use_list=False,
-        max_array_len=max(MAX_KEYS, REPLICA_MAX_TIPS),
+        max_array_len=MAX_ARRAY,
         max_map_len=0,
         max_str_len=0,
         max_ext_len=0,

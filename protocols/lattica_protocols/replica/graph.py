@@ -546,6 +546,14 @@ class Graph:
                 return other.entries[seq - other.first_seq]
         return None
 
+    def would_move_fork(self, op: Operation) -> bool:
+        """Whether `op` would show that its author, who is excluded, equivocated earlier than was known."""
+        fork = self.forks.get(op.author)
+        place = fork.place if fork is not None else self.floor.excluded.get(op.author)
+        if place is None or place <= (op.seq, op.instance) or op.id in self.entries:
+            return False
+        return any(0 <= op.seq - branch.first_seq < len(branch.entries) for branch in self.chains.get(op.chain, ()))
+
     def _note_removal(self, removal: Entry, past: Past) -> bool:
         """Mark what the removed author wrote without knowing of `removal`; whether something that counted is marked."""
         author = removal.op.body

@@ -92,3 +92,14 @@ def document_value(doc: Doc[Any]) -> dict[str, Any]:
         if name[0] in TYPES and (content := to_plain(container(doc, name))):
             out[name] = content
     return out
+
+
+def same_value(one: Any, other: Any) -> bool:
+    """Whether two plain values are the same, type by type; NaN is like itself."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same_value(item, other[key]) for key, item in one.items())
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same_value, one, other))
+    return bool(one == other or (one != one and other != other))

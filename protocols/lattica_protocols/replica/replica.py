@@ -29,7 +29,7 @@ from lattica_protocols.replica.floor import COVERED_PREFIX, ChainEnd, Floor
 from lattica_protocols.replica.genesis import Genesis
 from lattica_protocols.replica.graph import Admission, Entry, Fork, Graph, client_id, forked_client
 from lattica_protocols.replica.operation import Kind, Operation
-from lattica_protocols.replica.plain import apply_untrusted, document_value
+from lattica_protocols.replica.plain import apply_untrusted, document_value, same_value
 from lattica_protocols.replica.tree import MerkleTree
 from lattica_protocols.replica.update import filler, parse_update_untrusted, rename
 
@@ -488,7 +488,7 @@ class Replica:
                 fresh.receive_operation(_again(self.space, entry.op)[0], entry.op.time)
             except RemoteProtocolError as error:
                 refused.append((entry.op.id, str(error)))
-        equal = fresh.value() == self.value() and fresh.root() == self.root()
+        equal = same_value(fresh.value(), self.value()) and fresh.root() == self.root()
         return Verified(len(self.tree), tuple(refused), equal)
 
 
