@@ -19,7 +19,7 @@ def some_update(rng: random.Random, client: int, start: int, known: Known) -> by
         item, length = _item(rng, client, clock, known)
         out += item
         clock += length
-    head = encode_uvarint(1) + encode_uvarint(count) + encode_uvarint(client) + encode_uvarint(start) if count else b"\0"
+    head = b"\1" + b"".join(map(encode_uvarint, (count, client, start))) if count else b"\0"
     return head + out + _deletions(rng, {**known, client: clock})
 
 

@@ -37,7 +37,8 @@ def inside(info: int, clock: int, content: bytes, key: str = "") -> bytes:
 
 def beside(info: int, content: bytes, left: int | None = None, right: int | None = None) -> bytes:
     bits = (0 if left is None else 0x80) | (0 if right is None else 0x40)
-    return bytes([info | bits]) + b"".join(U(CLIENT) + U(clock) for clock in (left, right) if clock is not None) + content
+    named = b"".join(U(CLIENT) + U(clock) for clock in (left, right) if clock is not None)
+    return bytes([info | bits]) + named + content
 
 
 def update(*items: bytes, start: int = 0, deletions: bytes = b"\0") -> bytes:

@@ -323,7 +323,7 @@ def _read_deletions(data: bytes, at: int, parsed: ParsedUpdate) -> int:
             if not 0 < length < MAX_CLOCK or clock + length > MAX_CLOCK or total > REPLICA_MAX_STRUCTS:
                 raise RemoteProtocolError("deletion out of range in an update")
             if clock < behind:
-                # yrs writes them in order and joined. Else one update could name all there is tens of thousands of times.
+                # yrs writes them in order and joined. Else one update could name all there is thousands of times.
                 raise RemoteProtocolError("deletions in an update that are not in order")
             behind = clock + length
             parsed.deletions.append((client, clock, length))
