@@ -21,6 +21,8 @@ def cheat(network: Network, member: Member) -> None:
     """One thing that no honest member would do."""
     rng = network.rng
     way = rng.choice(WAYS)
+    if not member.neighbours:
+        return
     for target, ops in way(network, member, rng):
         for op in ops:
             data = encode_message(MessageKind.OPERATIONS, network.genesis.id, 0, [op.encoded])

@@ -2,10 +2,10 @@
 
     [key: bin 32, time: uint (Unix milliseconds), info: bin, Ed25519("lattica-presence-1" || space || time u64 || info)]
 
-A newer time replaces an older one. An announcement counts for 30 s from when it was first heard here, so clocks need
-not agree; `time` only orders those of one member. One that is 10 minutes off our clock is refused, and the time of a
-member's last one is remembered for so long: whoever keeps an announcement cannot make a dead member look alive. When
-there are too many, those of writers push out those of others.
+An empty info says that the member is gone. A newer time replaces an older one. An announcement counts for 30 s from
+when it was first heard here, so clocks need not agree; `time` only orders those of one member. One that is 10 minutes
+off our clock is refused, and the time of a member's last one is remembered for so long: whoever keeps an announcement
+cannot make a dead member look alive. When there are too many, those of writers push out those of others.
 """
 
 from __future__ import annotations
@@ -44,13 +44,25 @@ class Presence:
         """Times of the last announcements, also of members that are gone."""
 
     def announce(self, key: PrivateKey, info: bytes, now: float, unix_now: float) -> Record:
-        """Our own announcement."""
-        time = int(unix_now * 1000)
+        """Our own announcement. Empty `info`: we are gone."""
+        own = key.public_key.data
+        time = max(int(unix_now * 1000), self._last.get(own, -1) + 1)
         signature = key.sign(_DOMAIN + self._space + time.to_bytes(8, "big") + info)
         record = (key.public_key.data, time, info, signature)
         self._last[record[0]] = time
-        self._members[record[0]] = Present(record[0], info, now, record)
+        self._hear(record, now)
         return record
+
+    def is_here(self, key: bytes) -> bool:
+        """Whether a member announced itself and did not leave."""
+        return key in self._members
+
+    def _hear(self, record: Record, now: float) -> None:
+        key, _, info, _ = record
+        if info:
+            self._members[key] = Present(key, info, now, record)
+        else:
+            self._members.pop(key, None)
 
     def receive_untrusted(
         self, record: Record, now: float, unix_now: float, writers: Container[bytes] = frozenset()
@@ -65,10 +77,10 @@ class Presence:
             crypto_sign_open(signature + _DOMAIN + self._space + time.to_bytes(8, "big") + info, key)
         except (BadSignatureError, ValueError):
             return False
-        if key not in self._members and len(self._members) >= REPLICA_MAX_PRESENT:
+        if info and key not in self._members and len(self._members) >= REPLICA_MAX_PRESENT:
             del self._members[next((each for each in self._members if each not in writers), next(iter(self._members)))]
         self._note(key, time, unix_now)
-        self._members[key] = Present(key, info, now, record)
+        self._hear(record, now)
         return True
 
     def _note(self, key: bytes, time: int, unix_now: float) -> None:

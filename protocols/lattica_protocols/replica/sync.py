@@ -172,13 +172,14 @@ class ReplicaSync(Generic[Peer]):
             self._send_hello(peer)
 
     def announce_presence(self, now: float, unix_now: float) -> None:
-        """Announce ourselves now, and every 10 s from now on."""
+        """Announce ourselves now, and every 10 s from now on; once that we are gone, when we were here."""
         self._presence_at = now + PRESENCE_INTERVAL
         key, info = self.replica.key, self.presence_info
-        if key is not None and info is not None:
-            record = self.presence.announce(key, info, now, unix_now)
-            for peer in self._neighbours:
-                self._send(peer, Kind.PRESENCE, [record])
+        if key is None or (info is None and not self.presence.is_here(key.public_key.data)):
+            return
+        record = self.presence.announce(key, info or b"", now, unix_now)
+        for peer in self._neighbours:
+            self._send(peer, Kind.PRESENCE, [record])
 
     # -- time -----------------------------------------------------------------------------------------------
     def next_timeout(self) -> float:
