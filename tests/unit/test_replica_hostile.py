@@ -237,17 +237,35 @@ def test_presence_expires_and_cannot_be_replayed() -> None:
     newer = theirs.announce(key, b"2", 41.0, NOW + 41)
     assert ours.receive_untrusted(newer, 41.0, NOW + 41)
     for time in (NOW + 10_000, NOW - 10_000):
-        assert not ours.receive_untrusted(Presence(space).announce(key_of(3), b"", 0.0, time), 0.0, NOW)
+        assert not ours.receive_untrusted(Presence(space).announce(key_of(3), b"1", 0.0, time), 0.0, NOW)
     forged_record = (newer[0], newer[1] + 1, b"other", newer[3])
     assert not ours.receive_untrusted(forged_record, 42.0, NOW + 41)
     assert not Presence(bytes(32)).receive_untrusted(newer, 42.0, NOW + 41)
+
+
+def test_who_leaves_is_gone_at_once_and_cannot_be_brought_back() -> None:
+    replica = member(1, SPACE)
+    machine, other = machine_of(replica), machine_of(member(2, SPACE))
+    machine.presence_info = b"1"
+    machine.announce_presence(0.0, NOW)
+    here = sent(machine, Kind.PRESENCE)[0][1][0]
+    hear(other, GOOD, Kind.PRESENCE, here)
+    assert len(other.presence.members(0.0)) == 1
+    machine.presence_info = None
+    machine.announce_presence(0.0, NOW)
+    hear(other, GOOD, Kind.PRESENCE, sent(machine, Kind.PRESENCE)[0][1][0])
+    assert other.presence.members(0.0) == machine.presence.members(0.0) == []
+    hear(other, GOOD, Kind.PRESENCE, here)
+    assert other.presence.members(0.0) == []
+    machine.announce_presence(1.0, NOW + 1)
+    assert sent(machine, Kind.PRESENCE) == []
 
 
 def test_strangers_do_not_crowd_out_writers() -> None:
     presence = Presence(SPACE.id)
     strangers = [key_of_number(number) for number in range(REPLICA_MAX_PRESENT + 20)]
     for key in strangers:
-        presence.receive_untrusted(Presence(SPACE.id).announce(key, b"", 0.0, NOW), 0.0, NOW)
+        presence.receive_untrusted(Presence(SPACE.id).announce(key, b"1", 0.0, NOW), 0.0, NOW)
     assert len(presence.members(1.0)) == REPLICA_MAX_PRESENT
     writer = key_of(1)
     record = Presence(SPACE.id).announce(writer, b"here", 0.0, NOW)

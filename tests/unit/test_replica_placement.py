@@ -131,6 +131,40 @@ def test_a_state_that_is_nested_too_deep_is_not_loaded() -> None:
         vector_of(doc.get_update()[:-9])
 
 
+def test_lists_that_grow_in_any_order_are_taken() -> None:
+    """Two members insert anywhere, also inside of a list that was deleted meanwhile."""
+    rng = random.Random(1)
+    members = [member(1, SPACE), member(2, SPACE)]
+    reader = Replica(SPACE)
+    with members[0].transaction(NOW):
+        container(members[0].doc, "m:data")["list"] = to_shared([0])
+    deliver(members[1], *[entry.op for entry in members[0].graph.counted()])
+    for number in range(120):
+        one, two = rng.sample(members, 2)
+        with one.transaction(NOW):
+            inner = container(one.doc, "m:data")["list"]
+            for target in (container(one.doc, "l:x"), inner):
+                target.insert(rng.randrange(len(target) + 1), rng.choice([number, to_shared({"n": [number]})]))
+                if len(target) > 3 and rng.random() < 0.4:
+                    del target[rng.randrange(len(target))]
+        if rng.random() < 0.4:
+            deliver(two, *[entry.op for entry in one.graph.counted()])
+    for one, two in (members, members[::-1]):
+        deliver(two, *[entry.op for entry in one.graph.counted()])
+    with members[0].transaction(NOW):
+        del container(members[0].doc, "m:data")["list"]
+    with members[1].transaction(NOW):
+        inner = container(members[1].doc, "m:data")["list"]
+        for number in range(8):
+            inner.insert(rng.randrange(len(inner) + 1), number)
+    late = members[1].graph.counted()[-1].op
+    deliver(members[0], late)
+    deliver(reader, *[entry.op for entry in members[0].graph.counted()])
+    deliver(members[1], members[0].graph.counted()[-2].op)
+    assert reader.value() == members[0].value() == members[1].value()
+    assert reader.verify().ok
+
+
 def test_what_yrs_does_not_take_is_left_out_and_the_rest_stays() -> None:
     """The checks leave nothing of this kind; if one is wrong, neither the process nor the document breaks."""
     a, other = member(1, SPACE), Replica(SPACE)

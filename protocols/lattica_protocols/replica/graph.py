@@ -33,7 +33,7 @@ from lattica_protocols.replica.errors import MissingParents, NotYet, Refused
 from lattica_protocols.replica.floor import Floor
 from lattica_protocols.replica.membership import Membership, MembershipTable
 from lattica_protocols.replica.operation import Kind, Operation
-from lattica_protocols.replica.placement import Find, Placement, Table
+from lattica_protocols.replica.placement import Find, Placement, Places
 from lattica_protocols.replica.update import ParsedUpdate, Piece, Reference, parse_update_untrusted
 
 Chain = tuple[bytes, int]
@@ -89,7 +89,19 @@ class Branch:
 class Entry:
     """An admitted operation. Hashed and compared by identity."""
 
-    __slots__ = ("before", "branch", "counted", "end", "membership", "op", "order", "parents", "removed", "start")
+    __slots__ = (
+        "before",
+        "branch",
+        "counted",
+        "end",
+        "membership",
+        "op",
+        "order",
+        "parents",
+        "places",
+        "removed",
+        "start",
+    )
 
     def __init__(self, op: Operation, branch: Branch, parents: tuple[Entry, ...], before: Membership) -> None:
         self.op = op
@@ -106,6 +118,8 @@ class Entry:
         self.removed = False
         """Some removal of its author and it do not know of each other."""
         self.counted = False
+        self.places: Places | None = None
+        """Where its items stand; None: not looked at yet."""
 
 
 class Fork:
@@ -234,7 +248,7 @@ class Graph:
             parsed = self._check_update(op, branch, start, past)
             if parsed.end > parsed.start:
                 entry.end = parsed.end
-                self.placement.note(entry, self._check_places(op.body, past))
+                entry.places = self._check_places(op.body, past)
         return self._insert(entry, past)
 
     def _previous(self, op: Operation) -> tuple[Entry | None, int]:
@@ -342,15 +356,15 @@ class Graph:
                 self._resolve(client, clock, length, past)
         return parsed
 
-    def _check_places(self, body: bytes, past: Past) -> Table:
+    def _check_places(self, body: bytes, past: Past) -> Places:
         try:
             return self.placement.check_untrusted(body, lambda client, clock: self._find(client, clock, past))
         except RemoteProtocolError as error:
             raise Refused(str(error)) from None
 
-    def check_own(self, body: bytes) -> None:
+    def check_own(self, body: bytes) -> Places:
         """Whether an update that was made on our document stands where it may. Raises `RemoteProtocolError`."""
-        self.placement.check_untrusted(body, lambda client, clock: self._find(client, clock, None))
+        return self.placement.check_untrusted(body, lambda client, clock: self._find(client, clock, None))
 
     def _find_from(self, entry: Entry) -> Find:
         past: Past | None = None
@@ -365,6 +379,9 @@ class Graph:
 
     def _find(self, client: int, clock: int, past: Past | None) -> Entry | Reference:
         """The operation with an item that is known to be there. `past` None: as the document names it."""
+        branches = self.chains.get(self._clients.get(client, _NOBODY), ())
+        if len(branches) == 1 and not self.any_excluded and clock >= branches[0].start:
+            return branches[0].entries[bisect_right(branches[0].ends, clock)]
         renamed = self.renamed.get(client)
         if renamed is not None:
             return renamed
@@ -639,7 +656,6 @@ class Graph:
         self.entries = {key: entry for key, entry in self.entries.items() if entry.counted}
         for entry in dropped:
             self.renamed.pop(forked_client(entry.op.id), None)
-            self.placement.forget(entry)
         for chain in {entry.op.chain for entry in dropped}:
             self._cut_chain(chain)
         for branches in self.chains.values():

@@ -97,6 +97,8 @@ class Table:
         return self.placed[bisect_right(self.clocks, clock) - 1]
 
 
+Places = Table | Placed
+"""Those of an update; of one with a single item, as most edits are, that item's."""
 Find = Callable[[int, int], "Entry | Reference"]
 """The operation with an item, by client and clock; or, when a checkpoint replaced it, the item's name in the state."""
 
@@ -117,24 +119,16 @@ class Placement:
         names."""
         self._state = state
         self._find_from = find_from
-        self._tables: dict[Entry, Table] = {}
         self._floor: dict[int, Table] | None = None
 
-    def check_untrusted(self, body: bytes, find: Find) -> Table:
-        """Where the items of a parsed update stand. Raises `RemoteProtocolError` when one stands where it may not."""
+    def check_untrusted(self, body: bytes, find: Find) -> Places:
+        """Where the items of a parsed update stand, for `Entry.places`. Raises `RemoteProtocolError` when one stands
+        where it may not."""
         while True:
             try:
                 return self._place(body, find)
             except _Unknown as unknown:
                 self._learn(unknown.entry)
-
-    def note(self, entry: Entry, table: Table) -> None:
-        """The update of `entry` was checked."""
-        self._tables[entry] = table
-
-    def forget(self, entry: Entry) -> None:
-        """`entry` is not in the graph any more."""
-        self._tables.pop(entry, None)
 
     def _learn(self, entry: Entry) -> None:
         """Fill in the table of an operation and of all that leads to it. No recursion: the way may be long."""
@@ -142,13 +136,13 @@ class Placement:
         while stack:
             entry = stack[-1]
             try:
-                if entry not in self._tables:
-                    self._tables[entry] = self._place(entry.op.body, self._find_from(entry))
+                if entry.places is None:
+                    entry.places = self._place(entry.op.body, self._find_from(entry))
                 stack.pop()
             except _Unknown as unknown:
                 stack.append(unknown.entry)
 
-    def _place(self, body: bytes, find: Find) -> Table:
+    def _place(self, body: bytes, find: Find) -> Places:
         table = Table()
         sections, at = read_uint(body, 0)
         if not sections:
@@ -163,10 +157,10 @@ class Placement:
                 return table.at(named[1])
             found = find(*named)
             if not isinstance(found, tuple):
-                known = self._tables.get(found)
+                known = found.places
                 if known is None:
                     raise _Unknown(found)
-                return known.at(named[1])
+                return known if type(known) is Placed else known.at(named[1])  # type: ignore[union-attr]
             if self._floor is None:
                 self._floor = places_of_state_untrusted(self._state)
             floor = self._floor.get(found[0])
@@ -178,7 +172,7 @@ class Placement:
             table.clocks.append(clock)
             table.placed.append(placed)
             clock += struct.length
-        return table
+        return table.placed[0] if count == 1 else table
 
 
 def place_untrusted(struct: Struct, client: int, look: Callable[[Reference], Placed]) -> Placed:
@@ -186,6 +180,7 @@ def place_untrusted(struct: Struct, client: int, look: Callable[[Reference], Pla
     if struct.kind == 0:
         return GONE
     place: Place | None
+    beside = None
     if struct.left is not None or struct.right is not None:
         beside = look(struct.left or struct.right)  # type: ignore[arg-type]
         place = beside.place
@@ -193,7 +188,7 @@ def place_untrusted(struct: Struct, client: int, look: Callable[[Reference], Pla
             other = look(struct.right)
             if other.place != place:
                 raise RemoteProtocolError("an item between two that stand in different containers")
-            if other is beside and struct.left >= struct.right:
+            if other is beside and place is not None and struct.left >= struct.right:  # within one run
                 raise RemoteProtocolError("an item between two that stand the other way round")
     elif isinstance(struct.parent, str):
         place = Place(Container(_KIND_OF[struct.parent[0]], 0, struct.parent), struct.key)
@@ -213,7 +208,10 @@ def place_untrusted(struct: Struct, client: int, look: Callable[[Reference], Pla
     if container.kind == _MAP and struct.length > 1 and struct.kind != _DELETED:
         raise RemoteProtocolError("several values under one key")
     if struct.kind != _TYPE:
-        return Placed(place, None, struct.kind == _DELETED)
+        gone = struct.kind == _DELETED
+        if container.kind == _MAP and beside is not None and beside.holds is None and beside.is_gone == gone:
+            return beside  # what overwrites a key shares the answer
+        return Placed(place, None, gone)
     if container.level >= REPLICA_MAX_NESTING:
         raise RemoteProtocolError(f"values are nested more than {REPLICA_MAX_NESTING} deep")
     return Placed(place, Container(struct.type_number, container.level + 1, (client, struct.clock)), False)
