@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.limits import REPLICA_MAX_NESTING
@@ -99,8 +99,9 @@ class Table:
 
 Places = Table | Placed
 """Those of an update; of one with a single item, as most edits are, that item's."""
-Find = Callable[[int, int], "Entry | Reference"]
-"""The operation with an item, by client and clock; or, when a checkpoint replaced it, the item's name in the state."""
+Find = Callable[[int, int], Any]
+"""The operation (`Entry`) with an item, by client and clock; or, when a checkpoint replaced it, the item's name
+in the state (a `Reference`)."""
 
 
 class _Unknown(Exception):
@@ -160,7 +161,7 @@ class Placement:
                 known = found.places
                 if known is None:
                     raise _Unknown(found)
-                return known if type(known) is Placed else known.at(named[1])  # type: ignore[union-attr]
+                return known if type(known) is Placed else known.at(named[1])
             if self._floor is None:
                 self._floor = places_of_state_untrusted(self._state)
             floor = self._floor.get(found[0])
