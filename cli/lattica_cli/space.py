@@ -84,12 +84,21 @@ def set_value(ctx: typer.Context, space: str, key: str, value: str = typer.Argum
     """Write KEY; every member sees it."""
     state = State.of(ctx)
     try:
-        parsed = json.loads(value)
+        parsed = json.loads(value, parse_int=_int64)
     except ValueError as error:
-        raise typer.BadParameter(f"{value!r} is not JSON ({error}); a text needs quotes: '\"text\"'.") from None
+        raise typer.BadParameter(f"{value[:80]!r} is not JSON ({error}); a text needs quotes: '\"text\"'.") from None
+    except RecursionError:
+        raise typer.BadParameter("the value is nested too deep.") from None
     with daemon(state) as lat:
         data = lat.daemon("space_set", space, key, parsed)
     state.emit(data, lambda: say(f"{key} = {json.dumps(parsed, ensure_ascii=False)}"))
+
+
+def _int64(digits: str) -> int:
+    number = int(digits)
+    if not -(1 << 63) <= number < 1 << 63:
+        raise typer.BadParameter(f"the number {digits[:24]} does not fit 64 bits.")
+    return number
 
 
 @space_app.command("get")

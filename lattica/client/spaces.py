@@ -7,15 +7,23 @@
         edit.counter("requests").increment()
     for change in roster.watch(): ...
 
-With the async client the same methods return awaitables: `await roster.set("model", "v2")`, `await roster.get("model")`
-and so on, `async with roster.transaction() as edit`, `async for change in roster.watch()`.
+    queue = roster.list("queue")                       # reads like a list; map, text, counter, set_of likewise
+    queue.append(3); queue[0]; len(queue); 3 in queue
+    with roster.present({"layers": "0-11"}): ...       # others see it in members() while the block runs
+
+With the async client the same methods return awaitables: `await roster.set("model", "v2")`,
+`await roster.get("model")`, `await roster.list("queue")[0]` and so on, `async with roster.transaction() as edit`,
+`async for change in roster.watch()`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, closing, contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+
+from lattica.errors import NotFound
 
 if TYPE_CHECKING:
     from lattica.client.verbs import DaemonVerbs, Peer
@@ -67,7 +75,14 @@ class Handle:
 
     def value(self) -> Any:
         """A plain copy of it as it is now."""
-        return self._edits.read(*self._place)
+        kind, name, path = self._place
+        return self._edits.read(_outer(kind, path), name, path)
+
+    def __getitem__(self, step: str | int) -> Any:
+        """A key or position of it. `NotFound` when it is not there."""
+        kind, name, path = self._place
+        # The service takes a path from the container, whose kind its first step shows.
+        return self._edits.read(_outer(kind, path), name, [*path, step])
 
     def _edit(self, verb: str, *arguments: object) -> Any:
         kind, name, path = self._place
@@ -137,6 +152,84 @@ class SetHandle(Handle):
         return self._edit("discard", value)
 
 
+class _SyncReads(Handle):
+    """What the sync client's containers have, too: they read like what they are."""
+
+    def __getitem__(self, step: str | int) -> Any:
+        try:
+            return super().__getitem__(step)
+        except NotFound as error:
+            raise (IndexError if isinstance(step, int) else KeyError)(str(error)) from None
+
+    def __len__(self) -> int:
+        return len(self.value())
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.value())
+
+    def __contains__(self, item: object) -> bool:
+        return item in self.value()
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self.value() == (other.value() if isinstance(other, Handle) else other))
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class SyncMap(_SyncReads, MapHandle):
+    """Reads like a dict."""
+
+    def __delitem__(self, key: str) -> None:
+        if key not in self:
+            raise KeyError(key)
+        self.delete(key)
+
+    def keys(self) -> Any:
+        return self.value().keys()
+
+    def items(self) -> Any:
+        return self.value().items()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self.value().get(key, default)
+
+
+class SyncList(_SyncReads, ListHandle):
+    """Reads like a list."""
+
+    def __setitem__(self, index: int, value: object) -> None:
+        self.replace(index, value)
+
+    def __delitem__(self, index: int) -> None:
+        size = len(self)
+        if not -size <= index < size:
+            raise IndexError("list index out of range")
+        self.delete(index % size)
+
+
+class SyncText(_SyncReads, TextHandle):
+    """Reads like a text."""
+
+    def __str__(self) -> str:
+        return str(self.value())
+
+
+class SyncCounter(CounterHandle):
+    """A number that everybody adds to."""
+
+    def __int__(self) -> int:
+        return int(self.value())
+
+
+class SyncSet(_SyncReads, SetHandle):
+    """Reads like a set."""
+
+
+def _outer(kind: str, path: Sequence[str | int]) -> str:
+    """The kind of the container that a path starts in."""
+    return kind if not path else "list" if isinstance(path[0], int) else "map"
+
+
 class SpaceHandle(_Edits):
     """A space of the daemon, by id or name. Errors as in `DaemonVerbs`; `SpaceNotFound`, `NotWriter`."""
 
@@ -200,6 +293,17 @@ class SpaceHandle(_Edits):
         """Say that we are here; others see it in `members`."""
         return self._client.daemon("space_announce", self.id, info)
 
+    def present(self, info: object) -> Any:
+        """Say that we are here while the block runs, and no longer than this program lives: `async with`, in the sync
+        client `with space.present(…):`."""
+        return self._present(info)
+
+    @asynccontextmanager
+    async def _present(self, info: object) -> AsyncIterator[None]:
+        async with aclosing(self._client.daemon_stream("space_present", self.id, info)) as stream:
+            await anext(stream)
+            yield
+
     def members(self) -> Any:
         """Who announced itself within 30 s: a list of `peer_id`, `info`, `seconds_ago`."""
         return self._client.daemon("space_members", self.id)
@@ -208,9 +312,28 @@ class SpaceHandle(_Edits):
 class SyncSpaceHandle(SpaceHandle):
     """What the sync client gives: the space's map reads like a dict."""
 
-    def __getitem__(self, key: str) -> Any:
-        from lattica.errors import NotFound
+    @contextmanager
+    def present(self, info: object) -> Iterator[None]:
+        with closing(self._client.daemon_stream("space_present", self.id, info)) as stream:
+            next(stream)
+            yield
 
+    def map(self, name: str = DEFAULT_MAP, *path: str | int) -> SyncMap:
+        return SyncMap(self, "map", name, path)
+
+    def list(self, name: str, *path: str | int) -> SyncList:
+        return SyncList(self, "list", name, path)
+
+    def text(self, name: str, *path: str | int) -> SyncText:
+        return SyncText(self, "text", name, path)
+
+    def counter(self, name: str) -> SyncCounter:
+        return SyncCounter(self, "counter", name, ())
+
+    def set_of(self, name: str) -> SyncSet:
+        return SyncSet(self, "set", name, ())
+
+    def __getitem__(self, key: str) -> Any:
         try:
             return self.get(key)
         except NotFound:

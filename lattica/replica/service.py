@@ -46,7 +46,8 @@ log = logging.getLogger("lattica.replica")
 JOIN_TIMEOUT = 30.0
 """Seconds to find somebody who serves a space."""
 SEARCH_PAUSES = (1.0, 60.0)
-"""Seconds between searches for members while there are too few neighbours: doubling from the first to the second."""
+"""Seconds between searches for members, for neighbours or to compare with one beyond them: doubling from the first to
+the second, and from the start again when a neighbour is gone."""
 THREAD_OVER = 16
 """Messages with more operations have their signatures checked in a thread: libsodium releases the interpreter."""
 CHECKS_AHEAD = 4
@@ -283,12 +284,25 @@ class SpaceService:
             if self._kad is not None and key not in self._provided:
                 self._provided.add(key)
                 await self._kad.provide(provider_key(key))
-            await self._for_providers(key, lambda peer: self._add_neighbour(space, peer))
+            if len(space.machine.neighbours()) < REPLICA_FANOUT:
+                await self._for_providers(key, lambda peer: self._add_neighbour(space, peer))
+            else:
+                await self._meet_a_stranger(key, space)
         except LatticaError as error:
             self._provided.discard(key)
             log.debug("space_announce_failed space=%s error=%s", space.id, error)
         finally:
             self._searching.discard(key)
+
+    async def _meet_a_stranger(self, key: bytes, space: Space) -> None:
+        """Compare with a random member beyond the neighbours: circles of members that have enough of each other, as a
+        parted network leaves them, find together again."""
+        strangers = {peer for peer in self._host.peers() if PROTOCOL in self._host.peerstore.protocols(peer)}
+        await self._for_providers(key, strangers.add)
+        strangers -= {self._host.peer_id, *space.machine.neighbours()}
+        if strangers:
+            space.machine.compare(self._host.rng.choice(sorted(strangers)))
+            self.wake()
 
     # -- the loop -------------------------------------------------------------------------------------------
     def wake(self) -> None:
@@ -318,7 +332,7 @@ class SpaceService:
     def _maybe_search(self, nursery: trio.Nursery, key: bytes, space: Space, now: float) -> None:
         at, pause = self._search_at.get(key, (now, SEARCH_PAUSES[0]))
         if now >= at:
-            if key not in self._searching and len(space.machine.neighbours()) < REPLICA_FANOUT:
+            if key not in self._searching:
                 self._searching.add(key)
                 nursery.start_soon(self._search, space)
             at, pause = now + pause, min(2 * pause, SEARCH_PAUSES[1])

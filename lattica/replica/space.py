@@ -85,6 +85,7 @@ class Space:
         self._instance = replica.instance
         self._watchers: list_of[Watcher] = []
         self._feed = ChangeFeed(self._publish)
+        self._announced: list_of[bytes | None] = [None]
         self.since_snapshot = 0
         """Operations stored since the document was."""
 
@@ -285,12 +286,25 @@ class Space:
     def announce(self, info: object) -> None:
         """Say that we are here, with something about us (a JSON value of up to 1 KiB), until told otherwise.
 
-        Others see it in `members()`, until 30 s after our last word. None: stop.
+        Others see it in `members()`, until we say otherwise or 30 s after our last word. None: stop.
         """
-        data = None if info is None else json.dumps(info, separators=(",", ":")).encode()
-        if data is not None and len(data) > REPLICA_MAX_PRESENCE_BYTES:
-            raise InvalidArgument(f"presence of {len(data)} bytes is over {REPLICA_MAX_PRESENCE_BYTES}")
-        self.machine.presence_info = data
+        self._announced[0] = None if info is None else _presence_bytes(info)
+        self._announce()
+
+    @contextmanager
+    def present(self, info: object) -> Iterator[None]:
+        """The same while the block runs; of several the last one started counts."""
+        data = _presence_bytes(info)
+        self._announced.append(data)
+        self._announce()
+        try:
+            yield
+        finally:
+            del self._announced[_last_index(self._announced, data)]
+            self._announce()
+
+    def _announce(self) -> None:
+        self.machine.presence_info = next((data for data in reversed(self._announced) if data is not None), None)
         self.machine.announce_presence(trio.current_time(), self._clock())
         self._wake()
 
@@ -426,6 +440,20 @@ def _container(kind: str, name: str) -> str:
     if not isinstance(name, str) or not name or len(name.encode()) > REPLICA_MAX_NAME_BYTES:
         raise InvalidArgument(f"a name in a space is a text of 1 to {REPLICA_MAX_NAME_BYTES} bytes")
     return f"{kind}:{name}"
+
+
+def _presence_bytes(info: object) -> bytes:
+    try:
+        data = json.dumps(info, separators=(",", ":"), ensure_ascii=False).encode()
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument(f"what a member says about itself is a JSON value: {error}") from None
+    if len(data) > REPLICA_MAX_PRESENCE_BYTES:
+        raise InvalidArgument(f"presence of {len(data)} bytes is over {REPLICA_MAX_PRESENCE_BYTES}")
+    return data
+
+
+def _last_index(items: list[bytes | None], item: bytes) -> int:
+    return len(items) - 1 - items[::-1].index(item)
 
 
 def _presence_value(info: bytes) -> Any:

@@ -39,16 +39,17 @@ def space_sync(bench: Bench) -> Iterator[Figure]:
             filled = one.do("fill", space, count)
             edit.ours.append(filled["per_second"])
             disk.ours.append((one.do("disk") - empty) / count - filled["update_bytes"])
+            with ExitStack() as other:
+                two = _node(other, bench, f"space-two-{number}")
+                seconds = two.do("join", space, one.hello["addr"], one.do("root", space))
+                first.ours.append(seconds * 100_000 / count)
             two = _node(stack, bench, f"space-two-{number}")
-            seconds = two.do("join", space, one.hello["addr"], one.do("root", space))
-            first.ours.append(seconds * 100_000 / count)
+            start.ours.append(two.hello["start_seconds"])
+            two.do("join", space, one.hello["addr"], one.do("root", space))
             wire.ours.append(one.do("wire", space, 1000) - filled["update_bytes"])
             one.do("checkpoint", space)
             three = _node(stack, bench, f"space-three-{number}")
             later.ours.append(three.do("join", space, one.hello["addr"], one.do("root", space)))
-        with ExitStack() as stack:
-            again = _node(stack, bench, f"space-two-{number}")
-            start.ours.append(again.hello["start_seconds"])
     yield from (edit, first, later, start, disk, wire)
 
 

@@ -25,6 +25,7 @@ import fuzz_mdns
 import fuzz_nat as nat
 import fuzz_portmap
 import fuzz_relay
+import fuzz_replica
 from cryptography import x509
 from fuzz_mutation import mutate
 
@@ -62,6 +63,7 @@ DRIVERS = [
     *fuzz_autonat.DRIVERS,
     *fuzz_portmap.DRIVERS,
     *fuzz_mdns.DRIVERS,
+    *fuzz_replica.DRIVERS,
 ]
 
 LENGTHS = {"lattica_protocols.blobs.messages.decode_header_untrusted": messages.HEADER.size}

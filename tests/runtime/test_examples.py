@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from daemon_processes import Process, clean_environment
+
+import lattica
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -48,6 +53,54 @@ def test_a_test_with_simulated_nats() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(EXAMPLES / "test_behind_nats.py")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert "4 passed" in done.stdout, done.stdout
+
+
+def test_a_roster_heals_when_a_worker_is_killed(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        daemons = [Process(tmp_path / f"d{number}") for number in range(3)]
+        for daemon in daemons:
+            stack.callback(daemon.stop)
+        daemons[0].start()
+        for daemon in daemons[1:]:
+            daemon.start("--bootstrap", daemons[0].address)
+        made = daemons[0].json("space", "create", "roster", *[f"--writer={each.peer_id}" for each in daemons[1:]])
+        workers = {}
+        for daemon in daemons:
+            daemon.json("space", "join", made["space"])
+            workers[daemon.peer_id] = _run_worker(stack, daemon, made["space"])
+        with lattica.connect(daemons[0].home) as lat:
+            roster = lat.space(made["space"])
+
+            def serving() -> dict[str, str]:
+                return dict(roster.map("stages").items())
+
+            wait_for(lambda: set(serving()) == {"stage 0", "stage 1"} and len(set(serving().values())) == 2)
+            before = serving()
+            spare = next(peer for peer in workers if peer not in before.values())
+            workers[before["stage 1"]].kill()
+            wait_for(lambda: serving() == {"stage 0": before["stage 0"], "stage 1": spare})
+            alive = {member["peer_id"] for member in roster.members()}
+            assert alive == {before["stage 0"], spare}
+        with lattica.connect(daemons[2].home) as lat:
+            wait_for(lambda: dict(lat.space("roster").map("stages").items())["stage 1"] == spare)
+
+
+def _run_worker(stack: ExitStack, daemon: Process, space: str) -> subprocess.Popen[bytes]:
+    worker = subprocess.Popen(
+        [sys.executable, str(EXAMPLES / "roster_worker.py"), space, "2"],
+        stdout=subprocess.DEVNULL,
+        env={**clean_environment(), "LATTICA_HOME": str(daemon.home)},
+    )
+    stack.callback(worker.wait)
+    stack.callback(worker.kill)
+    return worker
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
 
 
 def test_a_node_inside_a_program() -> None:

@@ -122,6 +122,24 @@ def test_the_sync_client_reads_like_a_dict(pair: tuple[Process, Process]) -> Non
         assert other.root() == before
         del other["b"]
         assert "b" not in other
+        queue = other.list("queue")
+        assert list(queue) == [1, 2]
+        assert (queue[0], queue[-1], len(queue), 2 in queue) == (1, 2, 2, True)
+        with pytest.raises(IndexError):
+            queue[9]
+        queue.append({"deep": [7]})
+        assert queue[2] == {"deep": [7]}
+        assert other.list("queue", 2, "deep")[0] == 7
+        queue[0] = "first"
+        del queue[-1]
+        assert queue == ["first", 2]
+        assert other.map("data", "a")["deep"] == [1, 2]
+        assert int(other.counter("calls")) == 3
+        assert str(other.text("notes")) == "hi"
+        assert "w1" in other.set_of("workers")
+        with other.present({"role": "worker"}):
+            wait_for(lambda: [member["info"] for member in roster.members()] == [{"role": "worker"}])
+        wait_for(lambda: roster.members() == [])
         other.announce({"layers": "0-11"})
         wait_for(lambda: [member["info"] for member in roster.members()] == [{"layers": "0-11"}])
 
@@ -135,9 +153,77 @@ def test_the_async_client(pair: tuple[Process, Process]) -> None:
                 edit["b"] = 2
             assert await space.get("b") == 2
             assert (await space.verify())["ok"]
+            await space.list("queue").append(5)
+            assert await space.list("queue")[0] == 5
+            assert await space.map()["b"] == 2
+            async with space.present("here"):
+                assert [member["info"] for member in await space.members()] == ["here"]
+            changes = space.watch()
+            assert await anext(changes) == {"action": "watching"}
+            await space.set("a", 3)
+            assert (await anext(changes))["value"] == 3
+            await changes.aclose()
 
     anyio.run(main)
     anyio.run(main, backend="trio")
+
+
+def test_bad_input_gives_one_line_that_says_what_to_do(pair: tuple[Process, Process], folder: Path) -> None:
+    one, two = pair
+    space = one.json("space", "create", "mine")["space"]
+    two.json("space", "join", space)
+    huge = json.dumps("x" * 300_000)
+    cases = {
+        ("space", "get", "nowhere"): (one, 1, "lattica space list"),
+        ("space", "root", space[:-2] + "aa"): (one, 1, "join"),
+        ("space", "set", space, "k", "1"): (two, 1, one.peer_id),
+        ("space", "add-writer", space, two.peer_id): (two, 1, one.peer_id),
+        ("space", "remove-writer", space, two.peer_id): (one, 1, "no writer"),
+        ("space", "remove-writer", space, one.peer_id): (one, 1, "hand"),
+        ("space", "checkpoint", space): (two, 1, one.peer_id),
+        ("space", "set", space, "k", "{"): (one, 2, "not JSON"),
+        ("space", "set", space, "k", "123456789012345678901234567890"): (one, 2, "64 bits"),
+        ("space", "set", space, "k", "[" * 40 + "]" * 40): (one, 1, "deep"),
+        ("space", "delete", space, "nothing"): (one, 1, "nothing"),
+        ("space", "get", space, "nothing"): (one, 1, "nothing"),
+        ("space", "prove", space, "zz", "-o", str(folder / "p")): (one, 1, "lattica space log"),
+        ("space", "verify-proof", str(folder / "absent")): (one, 1, "cannot read"),
+        ("space", "join", "not-an-id"): (one, 1, "not-an-id"),
+        ("space", "create", "x" * 200): (one, 1, "128"),
+    }
+    for arguments, (process, code, hint) in cases.items():
+        done = process.cli(*arguments)
+        assert (done.returncode, hint in done.stderr) == (code, True), (arguments, done.stderr)
+        if code == 1:
+            assert len(done.stderr.splitlines()) == 1, done.stderr
+            assert "Traceback" not in done.stderr
+    with lattica.connect(one.home) as lat:
+        with pytest.raises(lattica.InvalidArgument, match="over the limit of 262144: share a blob"):
+            lat.space(space)["k"] = json.loads(huge)
+        assert list(lat.space(space)) == []
+    assert one.json("space", "verify", space)["ok"] is True
+    (folder / "junk").write_bytes(b"\x98" * 100)
+    assert one.cli("space", "verify-proof", str(folder / "junk")).returncode == 1
+
+
+def test_a_damaged_database_says_what_is_lost_and_comes_back(pair: tuple[Process, Process], folder: Path) -> None:
+    one, two = pair
+    space = one.json("space", "create", "kept", f"--writer={two.peer_id}")["space"]
+    two.json("space", "join", space)
+    two.json("space", "set", space, "x", "1")
+    wait_for(lambda: one.json("space", "get", space)["value"] == {"x": 1})
+    two.stop()
+    database = two.home / "spaces.db"
+    database.write_bytes(b"damaged " * 4096)
+    database.with_name("spaces.db-wal").unlink(missing_ok=True)  # SQLite would heal the file from it
+    two.start("--bootstrap", one.address)
+    damaged = two.json("status")["spaces"]["damaged"]
+    assert "spaces.db.damaged-1" in damaged
+    assert "kept" in damaged
+    wait_for(lambda: two.json("space", "get", space)["value"] == {"x": 1})
+    two.json("space", "set", space, "x", "2")
+    wait_for(lambda: one.json("space", "get", space)["value"] == {"x": 2})
+    assert one.json("space", "list")[0]["excluded"] == []
 
 
 def test_five_daemons_two_cut_off_one_killed_while_writing(folder: Path) -> None:

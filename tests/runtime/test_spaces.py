@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -61,6 +61,34 @@ def test_two_members_write_and_read_each_other(run, tmp_path: Path) -> None:
             proof = space.prove(space.log()[-1].id)
             assert len(proof) < 4096
             assert verify_proof_untrusted(proof).root == other.root()
+
+    run(main)
+
+
+def test_circles_that_have_enough_of_each_other_meet(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a parted network leaves them: everybody has as many neighbours as it looks for, all on its own side."""
+    monkeypatch.setattr("lattica.replica.service.REPLICA_FANOUT", 1)
+    monkeypatch.setattr("lattica.replica.service.REPLICA_MAX_NEIGHBOURS", 1)
+
+    async def main() -> None:
+        async with AsyncExitStack() as stack:
+            nodes: list[Node] = []
+            for _ in range(4):
+                door = [f"{nodes[0].host.listen_addrs()[0]}/p2p/{nodes[0].peer_id}"] if nodes else []
+                config = NodeConfig(listen=[TCP], bootstrap=door, kad_mode="server")
+                nodes.append(await stack.enter_async_context(open_node(config)))
+            for node in nodes[1:]:
+                await node.wait_identified(nodes[0].peer_id)
+            made = await nodes[0].spaces.create("split")
+            spaces = [made, *[await node.spaces.join(made.id) for node in nodes[1:]]]
+            for number, space in enumerate(spaces):
+                for peer in space.machine.neighbours():
+                    space.machine.remove_neighbour(peer)
+                space.machine.add_neighbour(nodes[number ^ 1].peer_id, trio.current_time())
+            await trio.testing.wait_all_tasks_blocked(0.3)  # what was on its way between the sides
+            made["x"] = 1
+            await until_equal(*spaces)
+            assert spaces[3]["x"] == 1
 
     run(main)
 

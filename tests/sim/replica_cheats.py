@@ -7,6 +7,7 @@ from typing import Any
 
 from pycrdt import Doc, Map
 from replica_network import UNIX, Member, Network
+from replica_updates import some_update
 
 from lattica_protocols.keys import PrivateKey
 from lattica_protocols.limits import REPLICA_MAX_UPDATE_BYTES
@@ -20,6 +21,8 @@ def cheat(network: Network, member: Member) -> None:
     """One thing that no honest member would do."""
     rng = network.rng
     way = rng.choice(WAYS)
+    if not member.neighbours:
+        return
     for target, ops in way(network, member, rng):
         for op in ops:
             data = encode_message(MessageKind.OPERATIONS, network.genesis.id, 0, [op.encoded])
@@ -76,6 +79,47 @@ def withhold(network: Network, member: Member, rng: random.Random) -> Sent:
     return [(target, [op]) for target in member.neighbours]
 
 
+def withhold_for_a_while(network: Network, member: Member, rng: random.Random) -> Sent:
+    """Two operations of which the first reaches one neighbour only, at last."""
+    first = _next(network, member, _update(member, "first"))
+    second = _next(network, member, b"", seq=first.seq + 1, parents=[first.id])
+    one = rng.choice(member.neighbours)
+    data = encode_message(MessageKind.OPERATIONS, network.genesis.id, 0, [first.encoded])
+    network.at(network.now + rng.uniform(1, 8), lambda: network.send(member.number, one, data))
+    return [(target, [second]) for target in member.neighbours]
+
+
+def write_by_hand(network: Network, member: Member, rng: random.Random) -> Sent:
+    """An update that no use of the types makes."""
+    replica = member.replica
+    known: dict[int, int] = {}
+    for entry in replica.graph.counted():
+        known[entry.branch.client] = max(known.get(entry.branch.client, 0), entry.end)
+    tip = replica.graph.tip((member.key.public_key.data, replica.instance))
+    body = some_update(rng, client_id(member.key.public_key.data, replica.instance), tip.end if tip else 0, known)
+    return [(target, [_next(network, member, body)]) for target in member.neighbours]
+
+
+def pretend_a_checkpoint(network: Network, member: Member, rng: random.Random) -> Sent:
+    """A rank above all others, garbage for whoever asks for it, and garbage under the id of a good one."""
+    good = network.members[0].replica.rank()[2]
+    for target in member.neighbours:
+        for key in (rng.randbytes(32), good):
+            hello = encode_message(MessageKind.HELLO, network.genesis.id, rng.randbytes(32), 9, 10**6, key)
+            chunk = encode_message(MessageKind.CHECKPOINT, network.genesis.id, key, 0, 40, rng.randbytes(40))
+            network.send(member.number, target, hello)
+            network.at(network.now + 0.5, lambda t=target, c=chunk: network.send(member.number, t, c))
+    return []
+
+
+def fork_earlier_and_earlier(network: Network, member: Member, rng: random.Random) -> Sent:
+    """A twin for every operation of its chain, the last first."""
+    chain = (member.key.public_key.data, member.replica.instance)
+    own = [entry.op for entry in member.replica.graph.counted() if entry.op.chain == chain]
+    twins = [_next(network, member, b"", seq=op.seq, parents=list(op.parents), time=op.time + 1) for op in own]
+    return [(target, twins[::-1]) for target in member.neighbours]
+
+
 def grant_without_right(network: Network, member: Member, rng: random.Random) -> Sent:
     friend = PrivateKey.generate(rng.randbytes(32))
     op = _next(network, member, friend.public_key.data, Kind.GRANT)
@@ -129,6 +173,11 @@ WAYS = [
     equivocate,
     forge_signature,
     withhold,
+    withhold_for_a_while,
+    write_by_hand,
+    write_by_hand,
+    pretend_a_checkpoint,
+    fork_earlier_and_earlier,
     grant_without_right,
     take_anothers_client,
     reuse_clock,

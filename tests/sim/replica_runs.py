@@ -9,6 +9,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "unit"))
 
 from replica_cheats import cheat
 from replica_network import EDIT_SECONDS, SETTLE_SECONDS, UNIX, Network, grant

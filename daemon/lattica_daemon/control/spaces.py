@@ -144,6 +144,12 @@ class SpaceControl:
         found.announce(info)
         return {"space": found.id}
 
+    async def space_present(self, space: str, info: object) -> AsyncIterator[dict[str, Any]]:
+        """Say that we are here for as long as the call lasts; the first and only item is `{action: "present"}`."""
+        with self._space(space).present(info):
+            yield {"action": "present"}
+            await trio.sleep_forever()
+
     async def space_members(self, space: str) -> list[dict[str, Any]]:
         """Who announced itself within 30 s: `[{peer_id, info, seconds_ago}]`."""
         return [

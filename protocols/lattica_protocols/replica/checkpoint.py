@@ -23,6 +23,7 @@ higher number is taken, then the one with more operations, then the one with the
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -45,12 +46,30 @@ from lattica_protocols.limits import (
 from lattica_protocols.replica.floor import COVERED_PREFIX, ChainEnd, Floor
 from lattica_protocols.replica.genesis import Genesis
 from lattica_protocols.replica.operation import Kind, Operation
+from lattica_protocols.replica.placement import places_of_state_untrusted
+from lattica_protocols.replica.plain import apply_untrusted
 from lattica_protocols.varint import decode_uvarint_untrusted
 
 _DOMAIN = b"lattica-checkpoint-1"
 VERSION = 1
 MAX_KEYS = REPLICA_MAX_WRITERS * 64
 """Keys in a list of a checkpoint: all that ever wrote."""
+
+MAX_HEAD_BYTES = 4 << 20
+"""The header and the signatures."""
+MAX_ARRAY = max(MAX_KEYS, REPLICA_MAX_TIPS)
+
+
+class Head(enum.Enum):
+    """What the first bytes of a checkpoint are."""
+
+    SIGNED = enum.auto()
+    UNSIGNED = enum.auto()
+    """It has the id that was asked for, but not enough of those who may signed it."""
+    WRONG = enum.auto()
+    """It is not what was asked for."""
+    CUT_OFF = enum.auto()
+
 
 Rank = tuple[int, int, bytes]
 """Number, operations and id of a checkpoint."""
@@ -162,10 +181,33 @@ class Checkpoint:
                 _prefixes(covered),
                 _renamed(fields[16]),
                 handed,
+                state,
             )
         except (ValueError, TypeError, msgpack.UnpackException, RecursionError):
             raise RemoteProtocolError("not a checkpoint") from None
         return cls(space, number, previous, time, root, operations, floor, state, header, pairs)
+
+    @classmethod
+    def check_head_untrusted(cls, data: bytes, checkpoint: bytes, genesis: Genesis, owners: frozenset[bytes]) -> Head:
+        """What the first bytes of an encoded checkpoint tell, before the rest of up to 100 MB is fetched."""
+        unpacker = msgpack.Unpacker(use_list=False, max_buffer_size=MAX_HEAD_BYTES, max_array_len=MAX_ARRAY)
+        try:
+            unpacker.feed(data[:MAX_HEAD_BYTES])
+            if unpacker.read_array_header() != 3:
+                return Head.WRONG
+            header, signatures = unpacker.unpack()
+            if type(header) is not bytes or blake3(_DOMAIN + header).digest() != checkpoint:
+                return Head.WRONG
+            fields = read_header_untrusted(header, genesis.id)
+            pairs = tuple((_check_key(key), bytes(signature)) for key, signature in signatures[:REPLICA_MAX_WRITERS])
+            handed = tuple(bytes(op) for op in fields[15][:REPLICA_MAX_WRITERS])
+            trusted = owners | follow_hand_overs_untrusted(handed, genesis)
+        except msgpack.OutOfData:
+            return Head.CUT_OFF if len(data) < MAX_HEAD_BYTES else Head.WRONG
+        except (ValueError, TypeError, msgpack.UnpackException, RecursionError, RemoteProtocolError):
+            return Head.WRONG
+        enough = len(valid_signers(genesis, trusted, header, pairs)) >= (genesis.quorum or 1)
+        return Head.SIGNED if enough else Head.UNSIGNED
 
     @property
     def rank(self) -> Rank:
@@ -207,12 +249,14 @@ def follow_hand_overs_untrusted(handed: Sequence[bytes], genesis: Genesis) -> fr
 
 
 def vector_of(state: bytes) -> dict[int, int]:
-    """Clock behind the items of each client in an update that starts from nothing. `ValueError` when it is damaged."""
+    """Clock behind the items of each client in an update that starts from nothing. `RemoteProtocolError` when it is
+    damaged, or such that it must not be loaded."""
     if type(state) is not bytes or len(state) > REPLICA_MAX_STATE_BYTES:
-        raise ValueError("a state over the limit")
+        raise RemoteProtocolError("a state over the limit")
+    places_of_state_untrusted(state)
     # Loaded into a document of its own, because the vector of the bytes alone would trust their frame.
     doc = Doc[Any]()
-    doc.apply_update(state)
+    apply_untrusted(doc, state)
     vector = doc.get_state()
     count, at = decode_uvarint_untrusted(vector, 0)
     out = {}
@@ -235,7 +279,7 @@ def _unpack(data: bytes) -> Any:
     return msgpack.unpackb(
         data,
         use_list=False,
-        max_array_len=max(MAX_KEYS, REPLICA_MAX_TIPS),
+        max_array_len=MAX_ARRAY,
         max_map_len=0,
         max_str_len=0,
         max_ext_len=0,

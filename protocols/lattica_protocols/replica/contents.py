@@ -77,7 +77,7 @@ def _content(kind: int, data: bytes, at: int) -> tuple[list[Any], int]:
     values: list[Any] = []
     count, at = read_uint(data, at)
     for _ in range(count):
-        value, at = read_text(data, at) if kind == 2 else _any(data, at)
+        value, at = _any(data, at)
         values.append(value)
     return values, at
 

@@ -39,6 +39,8 @@ class Floor:
     """(client, start, end, name): items of equivocators that have another name in the document."""
     handed_over: tuple[bytes, ...] = ()
     """The HAND_OVER operations so far, in order."""
+    state: bytes = b""
+    """The document of the checkpoint."""
 
     @classmethod
     def empty(cls, owner: bytes, writers: Iterable[bytes]) -> Floor:

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Sequence
 
 from blake3 import blake3
 
+from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.limits import (
     REPLICA_MAX_ADMIN_OPERATIONS,
     REPLICA_MAX_CLOCK_SKEW,
@@ -32,7 +33,8 @@ from lattica_protocols.replica.errors import MissingParents, NotYet, Refused
 from lattica_protocols.replica.floor import Floor
 from lattica_protocols.replica.membership import Membership, MembershipTable
 from lattica_protocols.replica.operation import Kind, Operation
-from lattica_protocols.replica.update import ParsedUpdate, Piece, parse_update_untrusted
+from lattica_protocols.replica.placement import Find, Placement, Places
+from lattica_protocols.replica.update import ParsedUpdate, Piece, Reference, parse_update_untrusted
 
 Chain = tuple[bytes, int]
 """Author and instance."""
@@ -87,7 +89,19 @@ class Branch:
 class Entry:
     """An admitted operation. Hashed and compared by identity."""
 
-    __slots__ = ("before", "branch", "counted", "end", "membership", "op", "order", "parents", "removed", "start")
+    __slots__ = (
+        "before",
+        "branch",
+        "counted",
+        "end",
+        "membership",
+        "op",
+        "order",
+        "parents",
+        "places",
+        "removed",
+        "start",
+    )
 
     def __init__(self, op: Operation, branch: Branch, parents: tuple[Entry, ...], before: Membership) -> None:
         self.op = op
@@ -104,6 +118,8 @@ class Entry:
         self.removed = False
         """Some removal of its author and it do not know of each other."""
         self.counted = False
+        self.places: Places | None = None
+        """Where its items stand; None: not looked at yet."""
 
 
 class Fork:
@@ -170,6 +186,7 @@ class Graph:
         self.limbo = 0
         """Admitted operations that do not count."""
         self._counted_membership: Membership | None = None
+        self.placement = Placement(self.floor.state, self._find_from)
 
     # -- what is known --------------------------------------------------------------------------------------
     def membership(self) -> Membership:
@@ -231,6 +248,7 @@ class Graph:
             parsed = self._check_update(op, branch, start, past)
             if parsed.end > parsed.start:
                 entry.end = parsed.end
+                entry.places = self._check_places(op.body, past)
         return self._insert(entry, past)
 
     def _previous(self, op: Operation) -> tuple[Entry | None, int]:
@@ -337,6 +355,47 @@ class Graph:
             if length > 0:
                 self._resolve(client, clock, length, past)
         return parsed
+
+    def _check_places(self, body: bytes, past: Past) -> Places:
+        try:
+            return self.placement.check_untrusted(body, lambda client, clock: self._find(client, clock, past))
+        except RemoteProtocolError as error:
+            raise Refused(str(error)) from None
+
+    def check_own(self, body: bytes) -> Places:
+        """Whether an update that was made on our document stands where it may. Raises `RemoteProtocolError`."""
+        return self.placement.check_untrusted(body, lambda client, clock: self._find(client, clock, None))
+
+    def _find_from(self, entry: Entry) -> Find:
+        past: Past | None = None
+
+        def find(client: int, clock: int) -> Entry | Reference:
+            nonlocal past
+            if past is None and self.is_forked(client):
+                past = self.past_of(entry)
+            return self._find(client, clock, past)
+
+        return find
+
+    def _find(self, client: int, clock: int, past: Past | None) -> Entry | Reference:
+        """The operation with an item that is known to be there. `past` None: as the document names it."""
+        branches = self.chains.get(self._clients.get(client, _NOBODY), ())
+        if len(branches) == 1 and not self.any_excluded and clock >= branches[0].start:
+            return branches[0].entries[bisect_right(branches[0].ends, clock)]
+        renamed = self.renamed.get(client)
+        if renamed is not None:
+            return renamed
+        found = self._candidates(client, clock)
+        if len(found) > 1:
+            found = [
+                each
+                for each in found
+                if each[2] is None
+                or (not self.is_renamed(each[2]) if past is None else past.get(each[2].branch, -1) >= each[2].op.seq)
+            ]
+        if not found or found[0][2] is None:
+            return (found[0][0] if found else client), clock
+        return found[0][2]
 
     def _resolve(self, client: int, clock: int, length: int, past: Past) -> list[Piece]:
         """Under which names the document has these items. Raises when they are not all in `past`."""
@@ -503,6 +562,14 @@ class Graph:
             if other is not branch and 0 <= seq - other.first_seq < len(other.entries):
                 return other.entries[seq - other.first_seq]
         return None
+
+    def would_move_fork(self, op: Operation) -> bool:
+        """Whether `op` would show that its author, who is excluded, equivocated earlier than was known."""
+        fork = self.forks.get(op.author)
+        place = fork.place if fork is not None else self.floor.excluded.get(op.author)
+        if place is None or place <= (op.seq, op.instance) or op.id in self.entries:
+            return False
+        return any(0 <= op.seq - branch.first_seq < len(branch.entries) for branch in self.chains.get(op.chain, ()))
 
     def _note_removal(self, removal: Entry, past: Past) -> bool:
         """Mark what the removed author wrote without knowing of `removal`; whether something that counted is marked."""

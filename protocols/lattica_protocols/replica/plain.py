@@ -10,7 +10,7 @@ from typing import Any
 
 from pycrdt import Array, Doc, Map, Text
 
-from lattica_protocols.errors import LocalProtocolError
+from lattica_protocols.errors import LocalProtocolError, RemoteProtocolError
 from lattica_protocols.limits import REPLICA_MAX_DEPTH
 
 TYPES: dict[str, type[Map[Any] | Array[Any] | Text]] = {"m": Map, "l": Array, "t": Text, "c": Map, "s": Map}
@@ -20,6 +20,20 @@ TYPES: dict[str, type[Map[Any] | Array[Any] | Text]] = {"m": Map, "l": Array, "t
 def container(doc: Doc[Any], name: str) -> Any:
     """The container `name` (`m:config`) of a document."""
     return doc.get(name, type=TYPES[name[0]])
+
+
+def apply_untrusted(doc: Doc[Any], update: bytes) -> None:
+    """Apply an update. Raises `RemoteProtocolError` where yrs does not take it, or panics; then `doc` is not to be used
+    any more."""
+    try:
+        doc.apply_update(update)
+    except (ValueError, RuntimeError) as error:
+        raise RemoteProtocolError(f"yrs does not take the update: {error}") from None
+    except BaseException as error:
+        # pyo3's PanicException cannot be imported, and is no Exception.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise RemoteProtocolError("yrs panics at the update") from None
 
 
 def to_shared(value: object, depth: int = 0) -> Any:
@@ -78,3 +92,14 @@ def document_value(doc: Doc[Any]) -> dict[str, Any]:
         if name[0] in TYPES and (content := to_plain(container(doc, name))):
             out[name] = content
     return out
+
+
+def same_value(one: Any, other: Any) -> bool:
+    """Whether two plain values are the same, type by type; NaN is like itself."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same_value(item, other[key]) for key, item in one.items())
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same_value, one, other))
+    return bool(one == other or (one != one and other != other))

@@ -29,7 +29,7 @@ from lattica_protocols.replica.floor import COVERED_PREFIX, ChainEnd, Floor
 from lattica_protocols.replica.genesis import Genesis
 from lattica_protocols.replica.graph import Admission, Entry, Fork, Graph, client_id, forked_client
 from lattica_protocols.replica.operation import Kind, Operation
-from lattica_protocols.replica.plain import document_value
+from lattica_protocols.replica.plain import apply_untrusted, document_value, same_value
 from lattica_protocols.replica.tree import MerkleTree
 from lattica_protocols.replica.update import filler, parse_update_untrusted, rename
 
@@ -91,6 +91,8 @@ class Replica:
         """Operations of ours that a checkpoint does not cover and that cannot follow it: reported, not dropped."""
         self._rng = rng
         self._captured: list[bytes] | None = None
+        self._left_out: set[Entry] = set()
+        """Operations that count, whose update yrs does not take: the checks before should leave none."""
 
     # -- reading --------------------------------------------------------------------------------------------
     def root(self) -> bytes:
@@ -177,10 +179,17 @@ class Replica:
         if admission.rebuild:
             self._rebuild()
             return admission
+        spoiled = False
         for entry in admission.counted:
             self.tree.add(entry.op.id)
-            if document and entry.op.body and entry.op.kind == Kind.EDIT:
-                self._apply_to_document(entry)
+            if document and entry.op.body and entry.op.kind == Kind.EDIT and not spoiled:
+                try:
+                    self._apply_to_document(entry)
+                except RemoteProtocolError:
+                    spoiled = True
+                    self._left_out.add(entry)
+        if spoiled:
+            self._rebuild()
         return admission
 
     def _apply_to_document(self, entry: Entry) -> None:
@@ -191,11 +200,11 @@ class Replica:
         if graph.any_excluded:
             parsed = parse_update_untrusted(body)
             if graph.is_renamed(entry) and parsed.end > parsed.start:
-                self.doc.apply_update(filler(forked_client(entry.op.id), parsed.start))
+                apply_untrusted(self.doc, filler(forked_client(entry.op.id), parsed.start))
             named = {client for client, _ in parsed.references} | {client for client, _, _ in parsed.deletions}
             if any(graph.is_forked(client) for client in named | {parsed.client}):
                 body = rename(body, parsed, lambda c, k, n: graph.pieces(entry, c, k, n))
-        self.doc.apply_update(body)
+        apply_untrusted(self.doc, body)
 
     def _new_doc(self) -> Doc[Any]:
         doc: Doc[Any] = Doc()
@@ -206,16 +215,27 @@ class Replica:
         return doc
 
     def _rebuild(self) -> None:
-        self.doc = self._new_doc()
         self.generation += 1
         counted = self.graph.counted()
         self.tree = MerkleTree(entry.op.id for entry in counted)
+        edits = [entry for entry in counted if entry.op.body and entry.op.kind == Kind.EDIT]
         captured, self._captured = self._captured, None
-        with self.doc.transaction():
-            for entry in counted:
-                if entry.op.body and entry.op.kind == Kind.EDIT:
-                    self._apply_to_document(entry)
+        while not self._fill_new_doc(edits):
+            pass
         self._captured = captured
+
+    def _fill_new_doc(self, edits: Sequence[Entry]) -> bool:
+        """Make the document from these operations; False when one more has to be left out."""
+        self.doc = self._new_doc()
+        with self.doc.transaction():
+            for entry in edits:
+                if entry not in self._left_out:
+                    try:
+                        self._apply_to_document(entry)
+                    except RemoteProtocolError:
+                        self._left_out.add(entry)
+                        return False
+        return True
 
     # -- writing --------------------------------------------------------------------------------------------
     def why_not_writable(self) -> str | None:
@@ -298,6 +318,7 @@ class Replica:
                 )
             try:
                 parsed = parse_update_untrusted(body)
+                self.graph.check_own(body)
             except RemoteProtocolError as error:
                 raise LocalProtocolError(f"this edit cannot be shared: {error}") from None
             span = (parsed.start, parsed.end)
@@ -376,6 +397,7 @@ class Replica:
                 ),
             ),
             handed_over=(*graph.floor.handed_over, *handed),
+            state=state,
         )
         return Checkpoint.make(
             space=self.space,
@@ -466,7 +488,7 @@ class Replica:
                 fresh.receive_operation(_again(self.space, entry.op)[0], entry.op.time)
             except RemoteProtocolError as error:
                 refused.append((entry.op.id, str(error)))
-        equal = fresh.value() == self.value() and fresh.root() == self.root()
+        equal = same_value(fresh.value(), self.value()) and fresh.root() == self.root()
         return Verified(len(self.tree), tuple(refused), equal)
 
 

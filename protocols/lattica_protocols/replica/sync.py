@@ -33,7 +33,7 @@ from lattica_protocols.limits import (
     REPLICA_MAX_PENDING_PER_PEER,
     REPLICA_MAX_WANTED,
 )
-from lattica_protocols.replica.checkpoint import Checkpoint, Rank, ranks_above
+from lattica_protocols.replica.checkpoint import Checkpoint, Head, Rank, ranks_above
 from lattica_protocols.replica.errors import MissingParents, NotYet
 from lattica_protocols.replica.graph import Admission, Entry, Fork, Past
 from lattica_protocols.replica.messages import MAX_FORKS, Kind, Message, decode_message_untrusted, encode_message
@@ -47,6 +47,8 @@ HELLO_INTERVAL = (2.0, 5.0)
 SETTLE = 0.05
 """Seconds that what came in batches is gathered before others are told of it."""
 PRESENCE_INTERVAL = 10.0
+PRESENT_IN_MESSAGE = 256
+"""Announcements in one message: with 1 KiB in each they are a quarter of what a message may be."""
 FRONTIER_PAUSE = 0.25
 """Seconds between frontiers to one neighbour, unless something came of the last one."""
 STALLED = 10.0
@@ -54,6 +56,12 @@ STALLED = 10.0
 LOST = 2.0
 """Seconds without an ACK after which what is in flight is sent again when a frontier does not show it."""
 WANT_AGAIN = 1.0
+BLAME = (10.0, 600.0)
+"""Seconds in which no checkpoint is fetched from a neighbour that failed to deliver one: doubling from the first to the
+second."""
+FORK_PAUSE = (1.0, 60.0)
+"""Seconds in which no earlier fork of an author that is excluded already is taken: doubling likewise. Each makes the
+whole graph be counted anew, and who signs a long chain can make thousands, one before the other."""
 FRUITLESS = 2
 """Frontiers that changed nothing, after which all chain ends are compared by id."""
 CHUNK = 512 << 10
@@ -86,6 +94,9 @@ class _Download(Generic[Peer]):
     id: bytes
     data: bytearray
     asked_at: float
+    total: int = 0
+    signed: bool = False
+    """Its head came, and is signed by those who may."""
 
 
 class ReplicaSync(Generic[Peer]):
@@ -110,6 +121,10 @@ class ReplicaSync(Generic[Peer]):
         self._wanted: dict[bytes, float] = {}
         self._refused: OrderedDict[bytes, None] = OrderedDict()
         self._bad_checkpoints: OrderedDict[bytes, None] = OrderedDict()
+        self._blamed: dict[Peer, tuple[float, float]] = {}
+        """When to fetch from a neighbour again, and the pause before."""
+        self._fork_pauses: dict[bytes, tuple[float, float]] = {}
+        """The same by author, for forks."""
         self._download: _Download[Peer] | None = None
         self._checkpoint_bytes: tuple[bytes, bytes] = (b"", b"")
         self._transmit: list[tuple[Peer, bytes]] = []
@@ -126,8 +141,8 @@ class ReplicaSync(Generic[Peer]):
             self._neighbours[peer] = _Neighbour()
         self._send_hello(peer)
         members = [member.record for member in self.presence.members(now)]
-        if members:
-            self._send(peer, Kind.PRESENCE, members)
+        for at in range(0, len(members), PRESENT_IN_MESSAGE):
+            self._send(peer, Kind.PRESENCE, members[at : at + PRESENT_IN_MESSAGE])
 
     def remove_neighbour(self, peer: Peer) -> None:
         self._neighbours.pop(peer, None)
@@ -157,13 +172,14 @@ class ReplicaSync(Generic[Peer]):
             self._send_hello(peer)
 
     def announce_presence(self, now: float, unix_now: float) -> None:
-        """Announce ourselves now, and every 10 s from now on."""
+        """Announce ourselves now, and every 10 s from now on; once that we are gone, when we were here."""
         self._presence_at = now + PRESENCE_INTERVAL
         key, info = self.replica.key, self.presence_info
-        if key is not None and info is not None:
-            record = self.presence.announce(key, info, now, unix_now)
-            for peer in self._neighbours:
-                self._send(peer, Kind.PRESENCE, [record])
+        if key is None or (info is None and not self.presence.is_here(key.public_key.data)):
+            return
+        record = self.presence.announce(key, info or b"", now, unix_now)
+        for peer in self._neighbours:
+            self._send(peer, Kind.PRESENCE, [record])
 
     # -- time -----------------------------------------------------------------------------------------------
     def next_timeout(self) -> float:
@@ -199,7 +215,8 @@ class ReplicaSync(Generic[Peer]):
                 neighbour.in_flight.clear()
                 neighbour.batches.clear()
         if self._download is not None and now - self._download.asked_at > STALLED:
-            self._download = None
+            self._blame(self._download.peer, now)
+        self._blamed = {peer: row for peer, row in self._blamed.items() if now - row[0] < BLAME[1]}
 
     # -- receiving ------------------------------------------------------------------------------------------
     def receive_message_untrusted(self, peer: Peer, data: bytes, now: float, unix_now: float) -> None:
@@ -229,7 +246,7 @@ class ReplicaSync(Generic[Peer]):
             case Kind.WANT:
                 self._on_want(peer, fields[0])
             case Kind.FORKS:
-                self._on_forks(peer, fields[0])
+                self._on_forks(peer, fields[0], now)
             case Kind.GET_CHECKPOINT:
                 self._on_get_checkpoint(peer, fields[0], fields[1])
             case Kind.CHECKPOINT:
@@ -357,6 +374,8 @@ class ReplicaSync(Generic[Peer]):
                 self.counters["repeated"] += 1
                 continue
             try:
+                if self.replica.graph.would_move_fork(op):
+                    self._check_fork_pause(op.author, now)
                 admission = self.replica.receive_operation(op, unix_now)
             except MissingParents as error:
                 self._set_aside(op, source, error.missing, now)
@@ -367,7 +386,7 @@ class ReplicaSync(Generic[Peer]):
             except RemoteProtocolError as error:
                 self._refuse(op, error)
                 continue
-            self._after(admission, source, pushed=not batch)
+            self._after(admission, source, now, pushed=not batch)
             for waiting in self._waiting.pop(op.id, ()):
                 held = self._pending.pop(waiting, None)
                 if held is not None:
@@ -375,10 +394,17 @@ class ReplicaSync(Generic[Peer]):
                     self._pending_of[held[1]] -= 1
                     ready.append(held)
 
-    def _after(self, admission: Admission, source: Peer, *, pushed: bool) -> None:
+    def _check_fork_pause(self, author: bytes, now: float) -> None:
+        if now < self._fork_pauses.get(author, (0.0, 0.0))[0]:
+            raise NotYet("another fork of this author was taken just now")
+
+    def _after(self, admission: Admission, source: Peer, now: float, *, pushed: bool) -> None:
         self.counters["admitted"] += 1
         if admission.fork is not None:
             self.counters["forks"] += 1
+            _, pause = self._fork_pauses.get(admission.fork.author, (0.0, FORK_PAUSE[0] / 2))
+            pause = min(2 * pause, FORK_PAUSE[1])
+            self._fork_pauses[admission.fork.author] = (now + pause, pause)
             self.push_fork(admission.fork)
         if pushed:
             for entry in admission.counted:
@@ -437,14 +463,17 @@ class ReplicaSync(Generic[Peer]):
         graph = self.replica.graph
         found = sorted((graph.entries[key] for key in set(ids) if key in graph.entries), key=lambda e: e.order)
         operations = [entry.op for entry in found]
-        for start, stop in _batches(operations):
+        for start, stop in list(_batches(operations))[:REPLICA_BATCHES_IN_FLIGHT]:  # the rest is asked for again
             self._send(peer, Kind.OPERATIONS, 0, [op.encoded for op in operations[start:stop]])
 
-    def _on_forks(self, peer: Peer, forks: Sequence[tuple[bytes, bytes]]) -> None:
+    def _on_forks(self, peer: Peer, forks: Sequence[tuple[bytes, bytes]], now: float) -> None:
         for pair in forks:
             ops = [Operation.decode_untrusted(data, self.replica.space) for data in pair]
+            fork = Fork(*ops)
             try:
-                admission = self.replica.receive_fork(Fork(*ops))
+                if self.replica.graph.excluded(fork.author):
+                    self._check_fork_pause(fork.author, now)
+                admission = self.replica.receive_fork(fork)
             except NotYet:
                 self.counters["not_yet"] += 1
                 continue
@@ -452,7 +481,7 @@ class ReplicaSync(Generic[Peer]):
                 self.counters["refused"] += 1
                 continue
             if admission.fork is not None:
-                self._after(admission, peer, pushed=False)
+                self._after(admission, peer, now, pushed=False)
 
     # -- checkpoints ----------------------------------------------------------------------------------------
     def propose_checkpoint(self, now: float, unix_now: float) -> bytes:
@@ -482,6 +511,7 @@ class ReplicaSync(Generic[Peer]):
 
     def _after_checkpoint(self) -> None:
         self.counters["checkpoints"] += 1
+        self._refused.clear()  # what was refused may be right on another state
         for neighbour in self._neighbours.values():
             neighbour.batches.clear()
         self.announce_checkpoint()
@@ -492,7 +522,7 @@ class ReplicaSync(Generic[Peer]):
                 self._send(peer, Kind.PROPOSAL, proposal.header, sorted(proposal.signatures.items()))
 
     def _get_checkpoint(self, peer: Peer, checkpoint: bytes, now: float) -> None:
-        if self._download is None:
+        if self._download is None and now >= self._blamed.get(peer, (0.0, 0.0))[0]:
             self._download = _Download(peer, checkpoint, bytearray(), now)
             self._send(peer, Kind.GET_CHECKPOINT, checkpoint, 0)
 
@@ -512,32 +542,57 @@ class ReplicaSync(Generic[Peer]):
         download = self._download
         if download is None or (download.peer, download.id) != (peer, checkpoint) or offset != len(download.data):
             return
+        download.total = download.total or total
+        expected = min(CHUNK, download.total - offset)
+        if total != download.total or total > REPLICA_MAX_CHECKPOINT_BYTES or len(data) != expected or not data:
+            self._blame(peer, now)
+            return
         download.data += data
         download.asked_at = now
-        if not data or len(download.data) > min(total, REPLICA_MAX_CHECKPOINT_BYTES):
-            self._download = None
-            self._give_up_checkpoint(checkpoint)
-        elif len(download.data) < total:
+        if not self._check_head(download, now):
+            return
+        if len(download.data) < total:
             self._send(peer, Kind.GET_CHECKPOINT, checkpoint, len(download.data))
-        else:
-            self._download = None
-            try:
-                taken = self.replica.receive_checkpoint(bytes(download.data))
-            except RemoteProtocolError:
-                self._give_up_checkpoint(checkpoint)
-                return
-            if taken:
-                self._after_checkpoint()
+            return
+        self._download = None
+        try:
+            taken = self.replica.receive_checkpoint(bytes(download.data))
+        except RemoteProtocolError:
+            self._blame(peer, now)
+            return
+        if taken:
+            self._after_checkpoint()
 
-    def _give_up_checkpoint(self, checkpoint: bytes) -> None:
+    def _check_head(self, download: _Download[Peer], now: float) -> bool:
+        """Whether to go on: nobody makes us fetch 100 MB that those who may did not sign."""
+        if download.signed:
+            return True
+        replica = self.replica
+        owners = replica.graph.membership().owners
+        head = Checkpoint.check_head_untrusted(bytes(download.data), download.id, replica.genesis, owners)
+        if head == Head.UNSIGNED:
+            self._bad_checkpoints[download.id] = None
+            if len(self._bad_checkpoints) > _REFUSED_KEPT:
+                self._bad_checkpoints.popitem(last=False)
+        if head in (Head.UNSIGNED, Head.WRONG):
+            self._blame(download.peer, now)
+            return False
+        download.signed = head == Head.SIGNED
+        return True
+
+    def _blame(self, peer: Peer, now: float) -> None:
+        """A neighbour did not deliver a checkpoint that it has or pretends to: others first, for a while. What it sent
+        says nothing about the checkpoint, which may be a good one."""
         self.counters["refused_checkpoints"] += 1
-        self._bad_checkpoints[checkpoint] = None
-        if len(self._bad_checkpoints) > _REFUSED_KEPT:
-            self._bad_checkpoints.popitem(last=False)
+        _, pause = self._blamed.get(peer, (0.0, BLAME[0] / 2))
+        pause = min(2 * pause, BLAME[1])
+        self._blamed[peer] = (now + pause, pause)
+        self._download = None
 
     # -- presence -------------------------------------------------------------------------------------------
     def _on_presence(self, peer: Peer, records: Sequence[Record], now: float, unix_now: float) -> None:
-        news = [record for record in records if self.presence.receive_untrusted(record, now, unix_now)]
+        writers = self.replica.graph.membership().writers
+        news = [record for record in records if self.presence.receive_untrusted(record, now, unix_now, writers)]
         if news:
             for other in self._neighbours:
                 if other != peer:

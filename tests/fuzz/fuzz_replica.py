@@ -1,0 +1,117 @@
+"""Drivers of replicated state: what neighbours send to a member, and what third parties are shown."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+from fuzz_machines import Driver, Transcript
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+
+from replica_members import NOW, deliver, forged, key_of, put, update_of
+
+from lattica_protocols.errors import RemoteProtocolError
+from lattica_protocols.replica.checkpoint import Checkpoint
+from lattica_protocols.replica.genesis import Genesis
+from lattica_protocols.replica.messages import Kind, encode_message
+from lattica_protocols.replica.operation import Kind as Change
+from lattica_protocols.replica.placement import places_of_state_untrusted
+from lattica_protocols.replica.presence import Presence
+from lattica_protocols.replica.proof import make_proof, verify_proof_untrusted
+from lattica_protocols.replica.proposal import Proposals
+from lattica_protocols.replica.replica import Replica
+from lattica_protocols.replica.sync import ReplicaSync
+
+KEYS = [key_of(number).public_key.data for number in range(4)]
+SPACE = Genesis.create(KEYS[0], "fuzzed", bytes(16), KEYS[1:], 2, KEYS[1:])
+
+
+def _member(number: int) -> Replica:
+    return Replica(SPACE, key=key_of(number), instance=7, rng=random.Random(number))
+
+
+def _history() -> Replica:
+    """An owner's replica with edits, a grant and a hand-over."""
+    owner = _member(0)
+    put(owner, "x", {"a": [1, "text", b"b"]})
+    put(owner, "x", None)
+    owner.change_members(Change.GRANT, key_of(5).public_key.data, NOW)
+    owner.change_members(Change.HAND_OVER, KEYS[1], NOW)
+    put(owner, "y", 2)
+    return owner
+
+
+def _checkpoint(owner: Replica) -> Checkpoint:
+    return owner.unsigned_checkpoint(int(NOW)).signed(key_of(1)).signed(key_of(2))
+
+
+class Neighbours(Driver):
+    name = "replica.ReplicaSync"
+    covers = (ReplicaSync, Replica, Proposals)
+
+    def seeds(self) -> list[Transcript]:
+        owner, writer = _history(), _member(2)
+        ops = [entry.op for entry in owner.graph.counted()]
+        deliver(writer, *ops)
+        twins = [forged(writer, update_of(writer, "x", value)) for value in (1, 2)]
+        checkpoint = _checkpoint(owner)
+        presence = Presence(SPACE.id).announce(key_of(1), b'"here"', 0.0, NOW)
+        machine: ReplicaSync[int] = ReplicaSync(writer, random.Random(1), 0.0)
+        machine.add_neighbour(0, 0.0)
+        machine.propose_checkpoint(0.0, NOW)
+        sent = [data for _, data in machine.poll_transmit()]
+        operations = encode_message(Kind.OPERATIONS, SPACE.id, 1, [op.encoded for op in ops])
+        hello = encode_message(Kind.HELLO, SPACE.id, bytes(32), *checkpoint.rank)
+        data = checkpoint.encode()
+        return [
+            (operations, *sent),
+            (operations, encode_message(Kind.FORKS, SPACE.id, [tuple(op.encoded for op in twins)])),
+            (hello, encode_message(Kind.CHECKPOINT, SPACE.id, checkpoint.id, 0, len(data), data)),
+            (
+                encode_message(Kind.PRESENCE, SPACE.id, [presence]),
+                encode_message(Kind.WANT, SPACE.id, [ops[0].id]),
+                encode_message(Kind.GET_GENESIS, SPACE.id, SPACE.id),
+                encode_message(Kind.FRONTIER, SPACE.id, bytes(32), True, [(KEYS[0], 7, 1, bytes(8))], []),
+            ),
+        ]
+
+    def run(self, parts: list[bytes], rng: random.Random) -> None:
+        replica, now = _member(3), 0.0
+        machine: ReplicaSync[int] = ReplicaSync(replica, rng, now)
+        machine.add_neighbour(0, now)
+        for part in parts:
+            try:
+                machine.receive_message_untrusted(0, part, now, NOW + now)
+            except RemoteProtocolError:
+                continue
+            now += rng.choice((0.0, 0.1, 3.0))
+            machine.handle_timer(now, NOW + now)
+            machine.poll_transmit()
+        assert not replica._left_out
+        assert replica.verify().ok
+
+
+class Shown(Driver):
+    name = "replica.proof"
+
+    def seeds(self) -> list[Transcript]:
+        owner = _history()
+        ops = [entry.op for entry in owner.graph.counted()]
+        return [(make_proof(owner, ops[0].id),), (_checkpoint(owner).encode(),), (owner.doc.get_update(),)]
+
+    def run(self, parts: list[bytes], rng: random.Random) -> None:
+        for part in parts:
+            for read in (
+                verify_proof_untrusted,
+                lambda data: Checkpoint.decode_untrusted(data, SPACE),
+                places_of_state_untrusted,
+            ):
+                try:
+                    read(part)
+                except RemoteProtocolError:
+                    continue
+
+
+DRIVERS: list[Driver] = [Neighbours(), Shown()]
