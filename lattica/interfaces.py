@@ -200,6 +200,12 @@ class Connection(ABC):
     def abort(self, error: Exception | None = None) -> None:
         """Close at once, without waiting. Safe to call at any time."""
 
+    def expect(self, waits: Callable[[], bool]) -> None:  # noqa: B027  # nothing to do where nothing can fall silent
+        """`waits()` tells whether something of the peer is waited for: its silence then means that the path is dead."""
+
+    def unexpect(self, waits: Callable[[], bool]) -> None:  # noqa: B027
+        """Ask `waits` no more. Does nothing when it is not asked."""
+
     def stream_count(self) -> int:
         """Streams open now, both directions."""
         return 0
