@@ -156,6 +156,9 @@ RPC_SPILL_OVER = 32 << 10
 RPC_ACK_AFTER = 64 << 10
 """Bytes of a session received before they are acknowledged: one small frame in a thousand of the smallest calls."""
 
+RPC_ACK_ALONE_AFTER = 512 << 10
+"""The same when there is nothing else to send: a packet of its own costs as much as a small call."""
+
 RPC_MAX_UNACKED = 16 << 20
 """Bytes of the control stream kept for a peer that does not acknowledge, as many as a stream's window lets travel."""
 

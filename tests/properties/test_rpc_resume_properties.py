@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from lattica_protocols.errors import RemoteProtocolError
-from lattica_protocols.limits import RPC_ACK_AFTER, RPC_MAX_UNACKED_TAILS
+from lattica_protocols.limits import RPC_ACK_ALONE_AFTER, RPC_MAX_UNACKED_TAILS
 from lattica_protocols.rpc import frames, resume
 from lattica_protocols.rpc.bulk import BulkReader
 from lattica_protocols.rpc.calls import Call
@@ -114,8 +114,8 @@ class ResumedSession(RuleBasedStateMachine):
 
     @rule(number=st.integers(0, 1))
     def acknowledge(self, number: int) -> None:
-        """Now and then, as after `RPC_ACK_AFTER` bytes."""
-        self.resumption(self.sides[number]).received._owed = RPC_ACK_AFTER
+        """Now and then, as after `RPC_ACK_ALONE_AFTER` bytes."""
+        self.resumption(self.sides[number]).received.owed = RPC_ACK_ALONE_AFTER
         self.sides[number].take_output()
 
     @precondition(lambda self: self.sides[0].has_path)
@@ -199,7 +199,7 @@ def test_resume_round_trips(session: bytes, epoch: int, account: resume.Account)
 @given(accounts, st.lists(st.integers(1, 100), max_size=10))
 def test_no_account_breaks_the_sender(account: resume.Account, lengths: list[int]) -> None:
     kept = resume.Resumption()
-    kept.sent.add_control(bytes(n) for n in lengths)
+    kept.sent.add_control([bytes(n) for n in lengths])
     for tail_id, length in enumerate(lengths):
         kept.sent.add_tail((tail_id, length, (bytes(length),)))
     try:

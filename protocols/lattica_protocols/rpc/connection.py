@@ -42,6 +42,8 @@ from typing import TypeAlias
 
 from lattica_protocols.errors import LocalProtocolError, RemoteProtocolError
 from lattica_protocols.limits import (
+    RPC_ACK_AFTER,
+    RPC_ACK_ALONE_AFTER,
     RPC_DETACH_OVER,
     RPC_INITIAL_CALLS,
     RPC_MAX_CALLS,
@@ -178,8 +180,11 @@ class RpcConnection:
     def receive_data(self, data: Buffer, now: float) -> None:
         """Bytes of the control stream. `data` is not kept and may be used again."""
         self._now = now
-        if self.resumption is not None:
-            self.resumption.received.add_control(len(data))
+        resumption = self.resumption
+        if resumption is not None:
+            received, nbytes = resumption.received, len(data)
+            received.control_bytes += nbytes
+            received.owed += nbytes
         self._reader.receive_data(data)
 
     def expect_tail(self, tail_id: int, length: int) -> Buffer | None:
@@ -225,12 +230,13 @@ class RpcConnection:
     # -- output ------------------------------------------------------------------------------------
     def poll_transmit(self) -> list[Buffer]:
         """Buffers for the control stream, in order. Short output comes as one buffer."""
-        resumption = self.resumption
+        resumption, outbox = self.resumption, self.outbox
         if resumption is None:
-            return self.outbox.take_frames()
-        if resumption.received.ack_due():
-            self.outbox.add(ACK, 0, 0, resumption.received.account().encode())
-        frames = self.outbox.take_frames()
+            return outbox.take_frames()
+        owed = resumption.received.owed
+        if owed >= RPC_ACK_AFTER and (outbox.unsent or owed >= RPC_ACK_ALONE_AFTER):
+            outbox.add(ACK, 0, 0, resumption.received.account().encode())
+        frames = outbox.take_frames()
         if frames:
             resumption.sent.add_control(frames)
         return frames
