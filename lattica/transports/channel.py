@@ -16,7 +16,7 @@ from typing import Final
 
 import trio
 
-from lattica.errors import ConnectionLost, LatticaError
+from lattica.errors import ConnectionLost, LatticaError, PathLost
 from lattica.interfaces import Stream
 
 _CIRCUIT_HIGH_WATER: Final = 256 * 1024
@@ -45,8 +45,8 @@ class Channel(ABC):
         """Until `send_now` may take something."""
 
     def heard_at(self, now: float) -> float:
-        """When the peer's system last acknowledged something, while more is on the way to it; `-inf` when nothing is, or
-        our system does not tell. What we ask the peer then may still wait behind what is on the way."""
+        """When the peer's system last acknowledged something, while more is on the way to it; `-inf` when nothing is,
+        or our system does not tell. What we ask the peer then may still wait behind what is on the way."""
         return -math.inf
 
     @abstractmethod
@@ -167,7 +167,8 @@ class StreamChannel(Channel):
         if filled or not room:
             return filled
         if self._error is not None:
-            raise ConnectionLost(str(self._error))
+            silent = isinstance(self._stream.connection.close_error, PathLost)
+            raise (PathLost if silent else ConnectionLost)(str(self._error))
         return 0 if self._ended else None
 
     async def wait_receivable(self) -> None:

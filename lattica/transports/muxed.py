@@ -291,7 +291,8 @@ class MuxedConnection(Connection):
             self.abort()
         except (OSError, LatticaError, LocalProtocolError) as error:
             orderly = self.session.go_away_received or self.session.go_away_sent
-            self.abort(None if orderly else ConnectionLost(f"the connection was lost: {error}"))
+            kind = PathLost if isinstance(error, PathLost) else ConnectionLost
+            self.abort(None if orderly else kind(f"the connection was lost: {error}"))
         except Exception as error:
             # A bug in a sink, in the worst case one that a peer can provoke: it may cost this connection, not
             # the node.
