@@ -226,6 +226,8 @@ class Node:
         self.port_map.network_changed()
         if self.mdns is not None:
             self.mdns.network_changed()
+        for connection in self.host.connections():
+            connection.doubt()
         self.host.addrs_changed()
         self.host.nursery.start_soon(self.identify.ask_again)
         self.host.nursery.start_soon(self._drop_stranded)

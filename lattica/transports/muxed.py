@@ -356,7 +356,7 @@ class MuxedConnection(Connection):
         measure_at = 0.0
         while True:
             now = trio.current_time()
-            wanted = session.data_sent != self._answered or any(waits() for waits in self._waits)
+            wanted = session.data_sent != self._answered or self.doubtful or any(waits() for waits in self._waits)
             heard_at = self._read_at
             if now - heard_at < SATURATED_SECONDS:
                 heard_at = max(heard_at, self._unblocked_at, self._channel.heard_at(now))
@@ -373,6 +373,14 @@ class MuxedConnection(Connection):
                 if not wanted:
                     self._watch_scope = scope
                 await trio.sleep_forever()
+            self._watch_scope = None
+
+    def doubt(self) -> None:
+        super().doubt()
+        self.session.ping(trio.current_time())
+        self.wake_writer()
+        if self._watch_scope is not None:
+            self._watch_scope.cancel()
             self._watch_scope = None
 
     def expect(self, waits: Callable[[], bool]) -> None:

@@ -266,6 +266,12 @@ class QuicLink(Connection):
         self._finish(ConnectionLost("the peer has lost the connection (it was restarted?)"))
         return True
 
+    def doubt(self) -> None:
+        super().doubt()
+        if self.established and not self._over:
+            self.engine.send_ping(0)
+            self.mark_dirty()
+
     def expect(self, waits: Callable[[], bool]) -> None:
         self._waits.append(waits)
 
@@ -275,7 +281,7 @@ class QuicLink(Connection):
 
     # -- inside -------------------------------------------------------------------------------------------------------
     def _check_heartbeat(self, now: float) -> Verdict:
-        wanted = self.engine.awaits_acknowledgement or any(waits() for waits in self._waits)
+        wanted = self.engine.awaits_acknowledgement or self.doubtful or any(waits() for waits in self._waits)
         self._quiet = not wanted
         return self._heartbeat.check(now, heard_at=self._last_received, wanted=wanted)
 
