@@ -209,8 +209,8 @@ class Connection(ABC):
         """Ask `waits` no more. Does nothing when it is not asked."""
 
     def doubt(self) -> None:
-        """Something suggests that the path is dead: others are preferred until the peer is heard again, which it is asked
-        for."""
+        """Something suggests that the path is dead: others are preferred until the peer is heard again. It is asked
+        for a sign of life."""
         self._doubted_at = self.received_bytes
 
     @property
