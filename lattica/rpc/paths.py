@@ -67,16 +67,14 @@ class SessionPaths:
     def __init__(self, host: Host, find: FindSession) -> None:
         self._host = host
         self._find = find
-        self._suspended: dict[PeerId, list[PeerChannel]] = {}
+        self._suspended: dict[PeerChannel, None] = {}
+        """In the order in which they lost their paths."""
 
     # -- this side ----------------------------------------------------------------------------------------
     async def reopen(self, channel: PeerChannel) -> None:
         """Find a path for a suspended session, until it is up again or its time is over."""
         mine = channel.suspensions
-        waiting = self._suspended.setdefault(channel.peer, [])
-        waiting.append(channel)
-        if len(waiting) > RPC_MAX_SUSPENDED:
-            waiting[0].abort(waiting[0].lost_reason)
+        self._make_room(channel)
         log.info("session_suspended peer=%s reason=%s", channel.peer.short(), channel.lost_reason)
         try:
             with trio.move_on_at(channel.give_up_at):
@@ -84,14 +82,20 @@ class SessionPaths:
             if channel.is_suspended(mine):
                 channel.abort(channel.lost_reason)
         finally:
-            waiting.remove(channel)
-            if not waiting:
-                self._suspended.pop(channel.peer, None)
+            if channel.suspensions == mine:
+                self._suspended.pop(channel, None)
+
+    def _make_room(self, channel: PeerChannel) -> None:
+        """Note that a session waits. When too many with its peer do, one ends: the oldest without calls, if any."""
+        self._suspended[channel] = None
+        waiting = [c for c in self._suspended if c.peer == channel.peer and c.machine.suspended]
+        if len(waiting) > RPC_MAX_SUSPENDED:
+            loser = next((c for c in waiting if not c.seeks_path), waiting[0])
+            loser.abort(loser.lost_reason)
 
     async def _reopen(self, channel: PeerChannel, mine: int) -> None:
-        machine = channel.machine
-        if not (machine.outbound_calls or machine.inbound_calls):
-            await channel.ready()  # the peer may have a call whose answer was lost
+        if not channel.seeks_path:
+            await channel.ready()
             return
         if not channel.initiator:
             with trio.move_on_after(YIELD_SECONDS):

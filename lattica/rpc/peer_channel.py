@@ -39,6 +39,8 @@ SILENT_SECONDS: Final = 20.0
 forgot us. A phone takes some 5 s from Wi-Fi to mobile."""
 TOLD_SECONDS: Final = 5.0
 """The same when the other end closed the path: in all likelihood its process is gone."""
+PASSIVE_SECONDS: Final = 30.0
+"""How long a session without calls is kept for a peer that notices the loss later, and has 20 s from then on."""
 
 
 class BulkStream:
@@ -160,6 +162,9 @@ class PeerChannel(Channel):
         self.bulk_streams: set[BulkStream] = set()
         self.give_up_at = 0.0
         """Of a suspended session: when it ends."""
+        self.seeks_path = False
+        """While suspended: we need a path. Otherwise that is left to the peer, which may have a call whose answer was
+        lost."""
         self.lost_reason = ""
         """Why it is suspended."""
         self._open_bulk = open_bulk
@@ -264,10 +269,11 @@ class PeerChannel(Channel):
 
     def bulk_lost(self, reason: str) -> None:
         """A bulk stream is gone, and tails with it: they are sent again when the session was resumed."""
-        self.suspend(reason, TOLD_SECONDS)
+        self.suspend(reason, SILENT_SECONDS, known=False)
 
-    def suspend(self, reason: str, seconds: float, *, reopen: bool = True) -> None:
-        """Go on elsewhere within `seconds`, or end. Without `reopen` the caller has another path already."""
+    def suspend(self, reason: str, seconds: float, *, known: bool = True, reopen: bool = True) -> None:
+        """Go on elsewhere within `seconds`, or end. `known`: the peer notices, too. Without `reopen` the caller has
+        another path already."""
         machine = self.machine
         if self.closed.is_set() or machine.suspended:
             return
@@ -276,12 +282,18 @@ class PeerChannel(Channel):
             return
         self.detach()
         self.suspensions += 1
-        self.lost_reason, self.give_up_at = reason, trio.current_time() + seconds
+        self.seeks_path = self.has_calls() or not known
+        self.lost_reason = reason
+        self.give_up_at = trio.current_time() + (seconds if self.seeks_path else PASSIVE_SECONDS)
         if not reopen:
             return
-        if not (machine.outbound_calls or machine.inbound_calls) and self.on_retired is not None:
+        if not self.has_calls() and self.on_retired is not None:
             self.on_retired(self)  # new calls need not wait for this one
         self.start(self.reopen, self)
+
+    def has_calls(self) -> bool:
+        """Calls run, of ours or of the peer."""
+        return self.machine.outbound_calls > 0 or self.machine.inbound_calls > 0
 
     def is_suspended(self, number: int) -> bool:
         """Still, or already, by the suspension of this number."""

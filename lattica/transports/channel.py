@@ -84,7 +84,7 @@ class SocketChannel(Channel):
         await trio.lowlevel.wait_writable(self._socket)
 
     def heard_at(self, now: float) -> float:
-        if sys.platform != "linux":
+        if sys.platform != "linux" or self._socket.fileno() == -1:
             return -math.inf
         import fcntl
         import termios

@@ -274,7 +274,7 @@ class MuxedConnection(Connection):
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._guard, self._read)
                     nursery.start_soon(self._guard, self._write)
-                    await self._watch()
+                    await self._guard(self._watch)
         finally:
             self.abort(None if self.closed.is_set() else ConnectionLost("the connection was closed by us"))
             self._release_out()
@@ -354,7 +354,7 @@ class MuxedConnection(Connection):
         session = self.session
         heartbeat = Heartbeat(trio.current_time(), self._pace)
         measure_at = 0.0
-        while True:
+        while not self.closed.is_set():
             now = trio.current_time()
             wanted = session.data_sent != self._answered or self.doubtful or any(waits() for waits in self._waits)
             heard_at = self._read_at
@@ -364,7 +364,7 @@ class MuxedConnection(Connection):
             if verdict is Verdict.DEAD:
                 self.abort(PathLost(f"the peer has been silent for {now - heard_at:.1f} s"))
                 return
-            if verdict is Verdict.PROBE or now >= measure_at:
+            if verdict is Verdict.PROBE or (now >= measure_at and (wanted or not measure_at)):
                 measure_at = now + self._pace.keep_alive
                 session.ping(now)
                 self.wake_writer()
