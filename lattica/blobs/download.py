@@ -400,6 +400,9 @@ class Download:
     # -- SourceOwner: called from the tasks of connections ----------------------------------------------------
     def _source_found(self, source: SourceStream) -> None:
         self._attach(source)
+        best = self._env.host.connection(source.peer, "bulk")
+        if source.path == "relay" and best is not None and best.path != "relay" and self._nursery is not None:
+            self._nursery.start_soon(self._search.replace, source, best)  # it came up while the source was asked
         self._notify()
 
     def source_progressed(self, source: SourceStream) -> None:

@@ -21,7 +21,7 @@ import trio
 
 from lattica.errors import DeadlineExceeded
 from lattica.host import PeerConnected
-from lattica.interfaces import Stream
+from lattica.interfaces import Connection, Stream
 from lattica.rpc.batch import BatchingTurn
 from lattica.rpc.buffers import POOLED_OVER, TailPool
 from lattica.rpc.channel import Channel, Speaker
@@ -209,6 +209,9 @@ class RpcService:
         machine = self._machine(initiator=True, session=session)
         channel = self._adopt(stream, machine, session, initiator=True)
         await self._host.nursery.start(self._run, channel)
+        direct = self._host.connection(channel.peer)
+        if direct is not None and direct.path != "relay":
+            self._leave_relay(channel, direct)  # it came up while the session was opened
         return channel
 
     async def _accept(self, stream: Stream) -> None:
@@ -281,12 +284,16 @@ class RpcService:
         async for event in self._host.subscribe():
             if isinstance(event, PeerConnected) and event.connection.path != "relay":
                 for channel in list(self._sessions.values()):
-                    if channel.peer != event.peer or channel.stream.connection.path != "relay":
-                        continue
-                    if channel.initiator:
-                        channel.start(self._paths.move, channel, event.connection)
-                    elif channel.machine.peer is not None and channel.machine.resumption is None:
-                        channel.retire()
+                    if channel.peer == event.peer:
+                        self._leave_relay(channel, event.connection)
+
+    def _leave_relay(self, channel: PeerChannel, direct: Connection) -> None:
+        if channel.stream.connection.path != "relay":
+            return
+        if channel.initiator:
+            channel.start(self._paths.move, channel, direct)
+        elif channel.machine.peer is not None and channel.machine.resumption is None:
+            channel.retire()
 
     async def _retire_idle(self) -> None:
         """Close sessions that nobody used for a while, so that they do not keep connections open for ever."""

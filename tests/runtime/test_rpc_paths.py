@@ -205,6 +205,26 @@ def test_streams_move_from_a_relay_to_a_direct_path_and_back(run_mocked: Run) ->
     run_mocked(main)
 
 
+def test_a_direct_path_that_comes_up_while_a_session_opens_is_taken(run_mocked: Run) -> None:
+    async def main() -> None:
+        async with open_pair() as pair:
+            await pair.a.disconnect(pair.b.peer_id)
+            await trio.sleep(1)
+            await pair.a.connect(pair.b.peer_id)
+            await trio.sleep(0.1)
+            for connection in pair.connections():
+                connection.path = "relay"
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(pair.call, "echo", 1, None, 5)
+                nursery.start_soon(pair.a.dial, pair.b.peer_id, pair.b.listen_addrs())
+            channel = pair.rpc.open_channel(pair.b.peer_id)
+            assert channel is not None
+            assert channel.stream.connection.path == "memory"
+            assert pair.service.asked[1] == 1
+
+    run_mocked(main)
+
+
 def test_only_the_side_that_was_called_can_dial(run_mocked: Run) -> None:
     async def main() -> None:
         async with open_pair() as pair, trio.open_nursery() as nursery:
