@@ -370,15 +370,14 @@ class PeerChannel(Channel):
         """The peer reads slower than we write."""
         if self.machine.outbox.unsent > HIGH_WATER:
             self.write_output()  # what a turn gathers would not be counted before its end
-        return (
-            (self.stream.queued_bytes() > HIGH_WATER and self.path is not None)
-            or self._tail_bytes > BULK_HIGH_WATER
-            or self._unacknowledged()
-        )
+        resumption = self.machine.resumption
+        if resumption is not None and resumption.sent.full:
+            return True
+        return (self.stream.queued_bytes() > HIGH_WATER and self.path is not None) or self._tail_bytes > BULK_HIGH_WATER
 
     def _unacknowledged(self) -> bool:
         resumption = self.machine.resumption
-        return resumption is not None and resumption.sent.full()
+        return resumption is not None and resumption.sent.full
 
     async def writable(self) -> None:
         """Wait until the peer has caught up, or the session is over."""

@@ -130,7 +130,7 @@ class Received:
 class Sent:
     """The sending half: what the other side may still want again."""
 
-    __slots__ = ("_acked", "_buffers", "_next_tail_id", "_tails", "_total", "tail_bytes")
+    __slots__ = ("_acked", "_buffers", "_next_tail_id", "_tails", "_total", "full", "tail_bytes")
 
     def __init__(self) -> None:
         self._total = 0
@@ -143,15 +143,16 @@ class Sent:
         self._next_tail_id = 0
         self.tail_bytes = 0
         """Of tails that are kept."""
+        self.full = False
+        """The other side has to acknowledge something before more is made for it."""
 
     @property
     def control_bytes(self) -> int:
         """Bytes of the control stream that are kept."""
         return self._total - self._acked
 
-    def full(self) -> bool:
-        """The other side has to acknowledge something before more is made for it."""
-        return (
+    def _weigh(self) -> None:
+        self.full = (
             self._total - self._acked > RPC_MAX_UNACKED
             or self.tail_bytes > RPC_MAX_UNACKED_TAIL_BYTES
             or len(self._tails) >= RPC_MAX_UNACKED_TAILS
@@ -166,12 +167,15 @@ class Sent:
         """These bytes of the control stream are on their way."""
         self._total += sum(map(len, buffers))
         self._buffers += buffers
+        if self._total - self._acked > RPC_MAX_UNACKED:
+            self.full = True
 
     def add_tail(self, tail: Tail) -> None:
         """This tail goes out, in the order of ids."""
         self._tails[tail[0]] = tail
         self._next_tail_id = (tail[0] + 1) % _IDS
         self.tail_bytes += tail[1]
+        self._weigh()
 
     def acknowledge(self, account: Account) -> None:
         """Let go of what is there. An account that is older than one we had changes nothing: the ACKs of a path that
@@ -182,6 +186,7 @@ class Sent:
         while buffers and self._acked + len(buffers[0]) <= account.control_bytes:
             self._acked += len(buffers.popleft())
         self._acknowledge_tails(account)
+        self._weigh()
 
     def replay(self, account: Account) -> list[Buffer]:
         """What the other side misses of the control stream, after `acknowledge` of the same account.
@@ -204,6 +209,7 @@ class Sent:
         self._tails.clear()
         self._acked = self._total
         self.tail_bytes = 0
+        self.full = False
 
     def _acknowledge_tails(self, account: Account) -> None:
         ahead = (self._next_tail_id - account.tails_below) % _IDS
