@@ -28,6 +28,10 @@ class ConnectionLost(LatticaError):
     """The connection ended while it was in use."""
 
 
+class PathLost(ConnectionLost):
+    """The connection fell silent, or its address is gone: the peer may be reached over another path."""
+
+
 class StreamReset(LatticaError):
     """The stream was reset by the peer or by us."""
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 import trio
 
 from lattica.dialer import dial_first, order_addresses
-from lattica.errors import ConnectError, ConnectionLost, DialError, LatticaError, NoAddresses, WrongPeer
+from lattica.errors import ConnectError, ConnectionLost, DialError, LatticaError, NoAddresses, PathLost, WrongPeer
 from lattica.interfaces import Connection, Listener, Stream, StreamClass, Transport
 from lattica.listen_addrs import expand_wildcards
 from lattica.negotiate import LazyStream, RefusalPace, accept_protocol, select_protocol
@@ -140,12 +140,13 @@ class Host:
         dial: bool = True,
         route: bool = True,
         connection: Connection | None = None,
+        eager: bool = False,
     ) -> Stream:
         """A stream to `peer` that speaks one of `protocols` (`stream.protocol` tells which).
 
         Takes the best connection for `stream_class` (or `connection`), and dials when there is none and `dial` is
         true; `route` as for `connect`. When identify told that the peer speaks the first of them, the proposal
-        travels with the first data.
+        travels with the first data, unless `eager`: then the stream is known to reach the peer.
         Errors: `ConnectError`, `ConnectionLost`, `ProtocolNotSupported`.
         """
         wanted = [protocols] if isinstance(protocols, str) else list(protocols)
@@ -154,7 +155,7 @@ class Host:
         stream = await connection.open_stream()
         known = self.peerstore.protocols(peer)
         for protocol in wanted:
-            if protocol in known:
+            if protocol in known and not eager:
                 return LazyStream(stream, protocol)
         try:
             with trio.fail_after(NEGOTIATION_TIMEOUT):
@@ -388,6 +389,8 @@ class Host:
         finally:
             connection.abort()
             session.connections.remove(connection)
+            if isinstance(connection.close_error, PathLost):
+                session.path_lost()
             if not session.connections and self._sessions.get(session.peer_id) is session:
                 del self._sessions[session.peer_id]
                 self.peerstore.unpin(session.peer_id)

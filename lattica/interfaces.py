@@ -183,6 +183,8 @@ class Connection(ABC):
     """Set once, when the connection is gone, whoever ended it."""
     close_error: Exception | None = None
     """Why it is gone: `None` for an orderly end."""
+    _doubted_at: int | None = None
+    """What `received_bytes` was when it was doubted."""
 
     @abstractmethod
     async def open_stream(self) -> Stream:
@@ -199,6 +201,22 @@ class Connection(ABC):
     @abstractmethod
     def abort(self, error: Exception | None = None) -> None:
         """Close at once, without waiting. Safe to call at any time."""
+
+    def expect(self, waits: Callable[[], bool]) -> None:  # noqa: B027  # nothing to do where nothing can fall silent
+        """`waits()` tells whether something of the peer is waited for: its silence then means that the path is dead."""
+
+    def unexpect(self, waits: Callable[[], bool]) -> None:  # noqa: B027
+        """Ask `waits` no more. Does nothing when it is not asked."""
+
+    def doubt(self) -> None:
+        """Something suggests that the path is dead: others are preferred until the peer is heard again. It is asked
+        for a sign of life."""
+        self._doubted_at = self.received_bytes
+
+    @property
+    def doubtful(self) -> bool:
+        """Doubted, and nothing was heard since."""
+        return self._doubted_at == self.received_bytes
 
     def stream_count(self) -> int:
         """Streams open now, both directions."""

@@ -22,7 +22,7 @@ import trio
 
 from lattica.blobs import BlobService, BlobStore
 from lattica.datastore import Datastore
-from lattica.errors import ConfigError, ConnectError, LatticaError
+from lattica.errors import ConfigError, ConnectError, LatticaError, PathLost
 from lattica.host import Host, PeerIdentified, open_host
 from lattica.identify import PROTOCOL_VERSION, IdentifyService
 from lattica.identity_file import load_or_create_key
@@ -64,8 +64,8 @@ KAD_PROTOCOL = "/lattica/kad/1.0.0"
 BOOTSTRAP_RETRY = (1.0, 60.0)
 """Seconds before a bootstrap peer that could not be reached is tried again: doubling from the first to the second."""
 
-STRANDED_SECONDS = 10.0
-"""After which an address that is gone does not come back: roaming between access points takes a few seconds."""
+STRANDED_SECONDS = 1.0
+"""After which an address that is gone is not waited for: what ran over it goes on over another path."""
 
 
 @dataclass
@@ -227,6 +227,8 @@ class Node:
         self.port_map.network_changed()
         if self.mdns is not None:
             self.mdns.network_changed()
+        for connection in self.host.connections():
+            connection.doubt()
         self.host.addrs_changed()
         self.host.nursery.start_soon(self.identify.ask_again)
         self.host.nursery.start_soon(self._drop_stranded)
@@ -238,7 +240,7 @@ class Node:
         for connection in self.host.connections():
             ip = connection.local_addr.ip()
             if connection.path == "tcp" and ip is not None and ip not in own:
-                connection.abort()
+                connection.abort(PathLost(f"our address {ip} is gone"))
 
     async def _map_ports(self) -> None:
         await self.listening.wait()

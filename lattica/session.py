@@ -1,7 +1,8 @@
 """All connections with one peer, and which of them a new stream should take.
 
 Bulk takes direct TCP when there is one; calls take the direct path with the lowest round-trip time. A relayed
-path is used only while no direct one is up.
+path is used only while no direct one is up. A path that fell silent casts doubt on the others with the same
+peer, which share most of the way: those are used last until the peer is heard on them.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ class Session:
         self.peer_id = peer_id
         self.connections: list[Connection] = []
 
+    def path_lost(self) -> None:
+        """A connection with the peer fell silent."""
+        for connection in self.connections:
+            connection.doubt()
+
     def best(self, stream_class: StreamClass) -> Connection | None:
         """The connection a new stream should take, `None` when none is up."""
         best: Connection | None = None
@@ -38,6 +44,8 @@ class Session:
 
 
 def _better(new: Connection, old: Connection, stream_class: StreamClass) -> bool:
+    if new.doubtful != old.doubtful:
+        return old.doubtful
     if stream_class == "bulk":
         return _BULK_RANK[new.path] < _BULK_RANK[old.path]
     if (new.path == "relay") != (old.path == "relay"):

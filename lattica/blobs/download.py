@@ -25,6 +25,7 @@ from lattica.blobs.search import ContentRouting, SourceSearch
 from lattica.blobs.source_stream import ChunkBuffers, SourceStream
 from lattica.blobs.store import BLOB, Blob, BlobStore
 from lattica.errors import ContentCorrupt, ContentNotFound, LatticaError, StorageError
+from lattica.host import PeerConnected
 from lattica_protocols.blobs.fetch import Completed, Fetch, RequestChunks, SourceDropped, Starved
 from lattica_protocols.blobs.manifest import (
     BlobManifest,
@@ -122,6 +123,8 @@ class Download:
         self._hints = list(hints)
         self._search = SourceSearch(env.host, env.routing, cid, self, self._source_found, named)
         self._searching = False
+        self._asking_again = 0
+        """Sources whose connection was lost, and which are looked for."""
         self._search_started = False
         self._search_again = trio.Event()
         self._changed = trio.Event()
@@ -215,7 +218,7 @@ class Download:
         while True:
             source = next((s for s in self._search.active.values() if s not in tried), None)
             if source is None:
-                if not self._searching:
+                if not self._is_searching():
                     raise ContentNotFound(f"nobody has {self.cid}: {self._search.describe()}")
                 await self._wait_changed()
                 continue
@@ -319,7 +322,7 @@ class Download:
         while not machine.complete:
             if self._failure is not None:
                 raise self._failure
-            if not self._search.active and not self._searching:
+            if not self._search.active and not self._is_searching():
                 quiet = trio.current_time() - self._progress_at
                 if not self.fetched_bytes or quiet > PATIENCE:
                     raise self._not_found(manifest, machine)
@@ -342,6 +345,24 @@ class Download:
             self._search_started = self._searching = True
             assert self._nursery is not None
             self._nursery.start_soon(self._search_rounds)
+            self._nursery.start_soon(self._follow_paths)
+
+    def _is_searching(self) -> bool:
+        return self._searching or self._asking_again > 0
+
+    async def _ask_again(self, peer: PeerId) -> None:
+        await self._search.ask_again(peer)
+        self._asking_again -= 1
+        self._notify()
+
+    async def _follow_paths(self) -> None:
+        """Leave relays behind: a source that is connected directly from now on is asked there."""
+        with self._env.host.subscribe() as events:
+            async for event in events:
+                if isinstance(event, PeerConnected) and event.connection.path != "relay":
+                    source = self._search.active.get(event.peer)
+                    if source is not None and source.path == "relay" and self._nursery is not None:
+                        self._nursery.start_soon(self._search.replace, source, event.connection)
 
     async def _search_rounds(self) -> None:
         hints, self._hints = self._hints, []
@@ -379,6 +400,9 @@ class Download:
     # -- SourceOwner: called from the tasks of connections ----------------------------------------------------
     def _source_found(self, source: SourceStream) -> None:
         self._attach(source)
+        best = self._env.host.connection(source.peer, "bulk")
+        if source.path == "relay" and best is not None and best.path != "relay" and self._nursery is not None:
+            self._nursery.start_soon(self._search.replace, source, best)  # it came up while the source was asked
         self._notify()
 
     def source_progressed(self, source: SourceStream) -> None:
@@ -411,10 +435,16 @@ class Download:
     def source_closed(self, source: SourceStream) -> None:
         if self._search.active.get(source.peer) is source:
             del self._search.active[source.peer]
+            if source.lost and self._nursery is not None:
+                self._asking_again += 1
+                self._nursery.start_soon(self._ask_again, source.peer)
         if self._machine is not None:
             self._machine.remove_source(source, trio.current_time())
             self._pump()
         self._notify()
+
+    def waits_for(self, source: SourceStream) -> bool:
+        return self._machine is not None and self._machine.waits_for(source)
 
     # -- the machine ----------------------------------------------------------------------------------------
     def _pump(self) -> None:

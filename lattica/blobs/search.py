@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from lattica.blobs.source_stream import SourceOwner
     from lattica.host import Host
+    from lattica.interfaces import Connection
     from lattica_protocols.cid import Cid
     from lattica_protocols.multiaddr import Multiaddr
     from lattica_protocols.peer_id import PeerId
@@ -31,6 +32,10 @@ MAX_CONNECTED_ASKED = 64
 """Connected peers that are asked directly. A question costs a stream and 60 bytes."""
 MAX_PROVIDERS = 32
 """Providers taken from the DHT: twice as many as can send at a time."""
+AGAIN_SECONDS = 20.0
+"""How long a source whose connection was lost is asked again: it may be changing networks."""
+_AGAIN_PAUSES = (0.1, 2.0)
+"""Seconds between: doubling from the first to the second."""
 _ASKED_AT_A_TIME = 16
 
 
@@ -102,6 +107,37 @@ class SourceSearch:
             except LatticaError as error:
                 log.info("providers_failed cid=%s error=%s", self._cid, error)
 
+    async def ask_again(self, peer: PeerId) -> None:
+        """The connection with a source was lost: ask it over another one, for as long as its return is likely."""
+        pause = _AGAIN_PAUSES[0]
+        with trio.move_on_after(AGAIN_SECONDS):
+            while True:
+                await self._ask(peer, ())
+                if peer not in self.silent:
+                    return
+                await trio.sleep(pause * self._host.rng.uniform(0.75, 1.25))
+                pause = min(2 * pause, _AGAIN_PAUSES[1])
+
+    async def replace(self, source: SourceStream, connection: Connection) -> None:
+        """Take a source to a better connection: a stream there, and the end of this one once the new one answers."""
+        new: SourceStream | None = None
+        try:
+            with trio.move_on_after(ASK_TIMEOUT):
+                stream = await self._host.open_stream(source.peer, PROTOCOL, connection=connection)
+                new = SourceStream(self._owner, source.peer, stream)
+                new.start(self._cid.multihash)
+                await new.answered.wait()
+        except (LatticaError, ProtocolError) as error:
+            log.debug("source_stays peer=%s cid=%s error=%s", source.peer.short(), self._cid, error)
+        finally:
+            useful = new is not None and new.have is not None and self.active.get(source.peer) is source
+            if new is not None and not useful:
+                new.reset()
+        if new is not None and useful:
+            self.active[source.peer] = new
+            source.reset()
+            self._found(new)
+
     def describe(self) -> str:
         """How many peers were asked, in words."""
         if not self.asked:
@@ -141,7 +177,8 @@ class SourceSearch:
                 await source.answered.wait()
                 if not source.closed:
                     self.silent.discard(peer)
-                    useful = source.have is not None and len(self.active) < MAX_FETCH_SOURCES
+                    room = peer not in self.active and len(self.active) < MAX_FETCH_SOURCES
+                    useful = source.have is not None and room
         except (LatticaError, ProtocolError) as error:
             log.debug("ask_failed peer=%s cid=%s error=%s", peer.short(), self._cid, error)
         finally:

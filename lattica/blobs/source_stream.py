@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import trio
 
 from lattica.blobs.files import new_buffer
-from lattica.errors import LatticaError
+from lattica.errors import ConnectionLost, LatticaError
 from lattica_protocols.blobs.source import (
     BlobSource,
     ChunkReceived,
@@ -27,7 +27,7 @@ from lattica_protocols.limits import CHUNK_BYTES
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from lattica.interfaces import Stream
+    from lattica.interfaces import Path, Stream
     from lattica_protocols.blobs.chunk_set import ChunkRange, ChunkSet
     from lattica_protocols.multihash import Multihash
     from lattica_protocols.peer_id import PeerId
@@ -66,6 +66,7 @@ class SourceOwner(Protocol):
     def chunk_gone(self, source: SourceStream, index: int) -> None: ...
     def source_grew(self, source: SourceStream, ranges: list[ChunkRange]) -> None: ...
     def source_closed(self, source: SourceStream) -> None: ...
+    def waits_for(self, source: SourceStream) -> bool: ...
 
 
 class SourceStream:
@@ -78,6 +79,9 @@ class SourceStream:
         """What the peer has; `None` before it answered, and when it has nothing."""
         self.answered = trio.Event()
         self.closed = False
+        self.lost = False
+        """It was closed because its connection is gone."""
+        self.path: Path = stream.connection.path
         self.attached = False
         self.chunks_given = 0
         self._owner = owner
@@ -89,6 +93,7 @@ class SourceStream:
         """Ask what the peer has; `answered` is set when it told or the stream ended."""
         self.machine.want(_BLOB, multihash)
         self.flush()
+        self._stream.connection.expect(self._waits)
         self._stream.set_sink(self)
 
     async def get_object(self, multihash: Multihash, max_bytes: int) -> bytes | None:
@@ -157,6 +162,8 @@ class SourceStream:
         if self.closed:
             return
         self.closed = True
+        self.lost = isinstance(error, ConnectionLost)
+        self._stream.connection.unexpect(self._waits)
         self.answered.set()
         unfinished = self.machine.take_unfinished()
         if unfinished is not None:
@@ -164,6 +171,9 @@ class SourceStream:
         for event, _ in self._objects.values():
             event.set()
         self._owner.source_closed(self)
+
+    def _waits(self) -> bool:
+        return not self.answered.is_set() or self._owner.waits_for(self)
 
     def _on_event(self, event: SourceEvent) -> None:
         if isinstance(event, ChunkReceived):

@@ -204,6 +204,8 @@ class SegmentPool:
     def give_back(self, segment: Segment) -> None:
         """The segment is free again."""
         with self._lock:
+            if segment.fd < 0:
+                return  # the garbage collector ended it together with its mapping
             if self._closed or self._idle_bytes + segment.capacity > self._max_idle_bytes:
                 segment.close()
             else:
@@ -238,6 +240,9 @@ class SegmentPool:
     def _take(self, length: int) -> Segment:
         with self._lock:
             best: Segment | None = None
+            for segment in [segment for segment in self._idle if segment.fd < 0]:
+                self._idle.remove(segment)  # likewise, and the mapping had given it back before
+                self._idle_bytes -= segment.capacity
             for segment in self._idle:
                 fits = length <= segment.capacity <= 4 * length
                 if fits and (best is None or segment.capacity < best.capacity):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from lattica.errors import LatticaError
+from lattica.errors import ConnectionLost, LatticaError, StreamReset
 from lattica_protocols.errors import ProtocolError, RemoteProtocolError
 from lattica_protocols.limits import REPLICA_MAX_MESSAGE_BYTES
 from lattica_protocols.replica import PROTOCOL
@@ -35,10 +35,12 @@ SEND_TIMEOUT = 30.0
 class Link:
     """What we send to one peer: a queue, and a task that empties it into a stream."""
 
-    def __init__(self, host: Host, peer: PeerId, lost: Callable[[PeerId], None]) -> None:
+    def __init__(self, host: Host, peer: PeerId, lost: Callable[[PeerId, bool], None]) -> None:
+        """`lost(peer, path_lost)` is called at the end; `path_lost`: it ended with its connection, not in order."""
         self._host = host
         self._peer = peer
         self._lost = lost
+        self._closed: Exception | None = None
         self._queue: list[bytes] = []
         self._queued = 0
         self._wake = trio.Event()
@@ -56,6 +58,7 @@ class Link:
     async def run(self) -> None:
         """Send until the peer is gone or nothing was to be sent for long; tells `lost` at the end."""
         stream: Stream | None = None
+        path_lost = False
         try:
             while True:
                 with trio.move_on_after(LINK_IDLE) as idle:
@@ -63,8 +66,11 @@ class Link:
                 if idle.cancelled_caught:
                     break
                 self._wake = trio.Event()
+                if self._closed is not None:
+                    raise self._closed
                 if stream is None:
                     stream = await self._host.open_stream(self._peer, PROTOCOL)
+                    stream.set_sink(self)
                 queue, self._queue = self._queue, []
                 self._queued = 0
                 stream.write(*queue)
@@ -72,10 +78,21 @@ class Link:
                     await stream.drain()
         except (LatticaError, ProtocolError, trio.TooSlowError) as error:
             log.debug("replica_link_lost peer=%s error=%s", self._peer.short(), error)
+            path_lost = stream is not None and isinstance(stream.connection.close_error, ConnectionLost)
         finally:
             if stream is not None:
                 stream.reset()
-            self._lost(self._peer)
+            self._lost(self._peer, path_lost)
+
+    # -- the stream's sink: the peer sends on one of its own, so this only tells when ours is gone --------------
+    def data_received(self, data: memoryview) -> None:
+        raise RemoteProtocolError("data against the direction of a link")
+
+    def eof_received(self) -> None: ...
+
+    def stream_closed(self, error: Exception | None) -> None:
+        self._closed = error or StreamReset("the peer closed the link")
+        self._wake.set()
 
 
 async def receive_messages(stream: Stream) -> AsyncGenerator[bytes, None]:

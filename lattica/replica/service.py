@@ -365,9 +365,23 @@ class SpaceService:
             self._host.nursery.start_soon(link.run)
         link.send(data)
 
-    def _link_lost(self, peer: PeerId) -> None:
+    def _link_lost(self, peer: PeerId, path_lost: bool) -> None:
         self._links.pop(peer, None)
+        spaces = [space for space in self._spaces.values() if peer in space.machine.neighbours()]
         self._forget(peer)
+        if path_lost and spaces:
+            self._host.nursery.start_soon(self._reconnect, peer, spaces)
+
+    async def _reconnect(self, peer: PeerId, spaces: Sequence[Space]) -> None:
+        """The connection with a neighbour was lost: go on over another one, without a search."""
+        try:
+            await self._host.connect(peer)
+        except LatticaError as error:
+            log.debug("replica_not_reconnected peer=%s error=%s", peer.short(), error)
+            return
+        for space in spaces:
+            if space in self._spaces.values():
+                self._add_neighbour(space, peer)
 
     def _forget(self, peer: PeerId) -> None:
         for key, space in self._spaces.items():

@@ -189,7 +189,8 @@ class Forwarder:
         queue = self._queues.get(peer)
         if queue is None:
             target = self._rpc.open_channel(peer)
-            if target is not None and target.machine.peer is not None and not target.congested():
+            ready = target is not None and target.machine.peer is not None and not target.machine.suspended
+            if target is not None and ready and not target.congested():
                 splice(channel, call, head, tail, target)
                 return
             queue = self._queues[peer] = _PeerQueue(peer)
@@ -202,6 +203,7 @@ class Forwarder:
             while queue.requests:
                 target = await self._rpc.channel(queue.peer)
                 await target.greeted.wait()
+                await target.ready()
                 while queue.requests and not target.congested() and not target.closed.is_set():
                     queue.requests.popleft().pass_on(target)
                 await target.writable()

@@ -21,12 +21,13 @@ import trio
 
 from lattica.errors import DeadlineExceeded
 from lattica.host import PeerConnected
-from lattica.interfaces import Stream
+from lattica.interfaces import Connection, Stream
 from lattica.rpc.batch import BatchingTurn
 from lattica.rpc.buffers import POOLED_OVER, TailPool
 from lattica.rpc.channel import Channel, Speaker
 from lattica.rpc.client import ItemStream, OpenCall, SessionOver, unary_call
 from lattica.rpc.methods import Method, Style, methods_of
+from lattica.rpc.paths import SessionPaths
 from lattica.rpc.peer_channel import PeerChannel
 from lattica.rpc.pool import TaskPool
 from lattica.rpc.server import InboundCall
@@ -39,10 +40,12 @@ from lattica_protocols.rpc.frames import (
     HEADER_SIZE,
     HELLO,
     PROTOCOL_ID,
+    RESUME,
     SERVICE_NOT_FOUND,
     Buffer,
     decode_hello_head_untrusted,
 )
+from lattica_protocols.rpc.resume import FEATURE, MAX_RESUME_HEAD
 
 if TYPE_CHECKING:
     from lattica.host import Host
@@ -80,6 +83,7 @@ class RpcService:
         self._default: DefaultHandler | None = None
         self._channels: dict[PeerId, PeerChannel] = {}
         self._sessions: dict[tuple[PeerId, bytes], PeerChannel] = {}
+        self._paths = SessionPaths(host, lambda peer, session: self._sessions.get((peer, session)))
         self._connecting: dict[PeerId, trio.Lock] = {}
         self._pool = TaskPool(host.nursery)
         self._threads = trio.CapacityLimiter(WORKER_THREADS)
@@ -203,28 +207,36 @@ class RpcService:
     async def _start_session(self, stream: Stream) -> PeerChannel:
         session = self._host.rng.getrandbits(128).to_bytes(16, "little")
         machine = self._machine(initiator=True, session=session)
-        channel = self._adopt(stream, machine, session)
+        channel = self._adopt(stream, machine, session, initiator=True)
         await self._host.nursery.start(self._run, channel)
+        direct = self._host.connection(channel.peer)
+        if direct is not None and direct.path != "relay":
+            self._leave_relay(channel, direct)  # it came up while the session was opened
         return channel
 
     async def _accept(self, stream: Stream) -> None:
-        """An inbound stream: a control stream or one for long tails, as its HELLO says."""
+        """An inbound stream: a control stream or one for long tails, as its HELLO says, or one that takes a session
+        over."""
         try:
             with trio.fail_after(HELLO_SECONDS):
                 header = await stream.receive_exactly(HEADER_SIZE)
                 body, kind, _, head_length, _ = HEADER.unpack(header)
-                if kind != HELLO or body != head_length or body > MAX_HELLO:
-                    raise RemoteProtocolError("the stream does not begin with HELLO")
+                limit = {HELLO: MAX_HELLO, RESUME: MAX_RESUME_HEAD}.get(kind, 0)
+                if body != head_length or body > limit:
+                    raise RemoteProtocolError("the stream does not begin with HELLO or RESUME")
                 head = await stream.receive_exactly(body)
         except trio.TooSlowError:
             raise RemoteProtocolError(f"no HELLO within {HELLO_SECONDS:g} s") from None
+        if kind == RESUME:
+            await self._paths.accept(stream, head)
+            return
         hello = decode_hello_head_untrusted(head)
         key = (stream.connection.peer_id, hello.session)
         if hello.bulk:
             session = self._sessions.get(key)
             if session is None:
                 raise RemoteProtocolError("a bulk stream of a session that is not here")
-            await session.serve_bulk(stream)
+            await session.serve_bulk(stream, hello.epoch)
             return
         if not hello.session or key in self._sessions:
             raise RemoteProtocolError("a session without a name, or with one in use")
@@ -232,19 +244,27 @@ class RpcService:
             raise RemoteProtocolError(f"more than {RPC_MAX_SESSIONS} sessions")
         machine = self._machine(initiator=False, session=b"")
         machine.receive_data(header + head, trio.current_time())
-        await self._run(self._adopt(stream, machine, hello.session))
+        await self._run(self._adopt(stream, machine, hello.session, initiator=False))
 
     def _machine(self, *, initiator: bool, session: bytes) -> RpcConnection:
-        return RpcConnection(initiator=initiator, session=session, limits=self._limits, allocate=self._allocate)
+        return RpcConnection(
+            initiator=initiator,
+            session=session,
+            limits=self._limits,
+            features=frozenset({FEATURE}),
+            allocate=self._allocate,
+        )
 
-    def _adopt(self, stream: Stream, machine: RpcConnection, session: bytes) -> PeerChannel:
+    def _adopt(self, stream: Stream, machine: RpcConnection, session: bytes, *, initiator: bool) -> PeerChannel:
         peer = stream.connection.peer_id
 
         async def open_bulk() -> Stream:
             return await self._host.open_stream(peer, PROTOCOL_ID, stream_class="bulk")
 
-        channel = PeerChannel(stream, machine, session, self._on_request, open_bulk, self.turn)
+        channel = PeerChannel(stream, machine, session, self._on_request, open_bulk, self.turn, initiator=initiator)
         channel.on_retired = self._retired
+        channel.on_resumed = self._resumed
+        channel.reopen = self._paths.reopen
         self._sessions[peer, session] = channel
         self._channels.setdefault(peer, channel)
         if len(self._sessions) == 1:
@@ -255,13 +275,25 @@ class RpcService:
         if self._channels.get(channel.peer) is channel:
             del self._channels[channel.peer]
 
+    def _resumed(self, channel: PeerChannel) -> None:
+        if not channel.machine.going_away:
+            self._channels.setdefault(channel.peer, channel)
+
     async def _follow_paths(self) -> None:
-        """Leave relays behind: when a direct connection comes up, new calls take a new session over it."""
+        """Leave relays behind: when a direct connection comes up, the initiator of each session takes it there."""
         async for event in self._host.subscribe():
             if isinstance(event, PeerConnected) and event.connection.path != "relay":
-                channel = self._channels.get(event.peer)
-                if channel is not None and channel.stream.connection.path == "relay":
-                    channel.retire()
+                for channel in list(self._sessions.values()):
+                    if channel.peer == event.peer:
+                        self._leave_relay(channel, event.connection)
+
+    def _leave_relay(self, channel: PeerChannel, direct: Connection) -> None:
+        if channel.stream.connection.path != "relay":
+            return
+        if channel.initiator:
+            channel.start(self._paths.move, channel, direct)
+        elif channel.machine.peer is not None and channel.machine.resumption is None:
+            channel.retire()
 
     async def _retire_idle(self) -> None:
         """Close sessions that nobody used for a while, so that they do not keep connections open for ever."""

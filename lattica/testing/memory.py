@@ -50,7 +50,8 @@ class _Link:
     async def run(self) -> None:
         async for due, delivery in self._receive:
             await trio.sleep_until(due)
-            delivery()
+            if not self.cut:
+                delivery()
 
 
 class MemoryStream(Stream):
@@ -288,6 +289,11 @@ class MemoryConnection(Connection):
 
     def stream_count(self) -> int:
         return len(self._streams)
+
+    def cut(self) -> None:
+        """Nothing arrives any more, in either direction, and neither end is told."""
+        assert self.other is not None
+        self.link.cut = self.other.link.cut = True
 
     async def aclose(self) -> None:
         self.abort()

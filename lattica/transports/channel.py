@@ -7,18 +7,22 @@ circuit).
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
+import sys
 from abc import ABC, abstractmethod
 from collections import deque
 from typing import Final
 
 import trio
 
-from lattica.errors import ConnectionLost, LatticaError
+from lattica.errors import ConnectionLost, LatticaError, PathLost
 from lattica.interfaces import Stream
 
 _CIRCUIT_HIGH_WATER: Final = 256 * 1024
 """Bytes of a circuit that wait at either side: to be sent, and to be decrypted."""
+_LAST_ACK_AT: Final = 8 + 12 * 4
+"""Of tcpi_last_ack_recv in linux/tcp.h: milliseconds since a segment with an acknowledgement came."""
 
 
 class Channel(ABC):
@@ -39,6 +43,11 @@ class Channel(ABC):
     @abstractmethod
     async def wait_sendable(self) -> None:
         """Until `send_now` may take something."""
+
+    def heard_at(self, now: float) -> float:
+        """When the peer's system last acknowledged something, while more is on the way to it; `-inf` when nothing is,
+        or our system does not tell. What we ask the peer then may still wait behind what is on the way."""
+        return -math.inf
 
     @abstractmethod
     def close(self) -> None:
@@ -73,6 +82,22 @@ class SocketChannel(Channel):
 
     async def wait_sendable(self) -> None:
         await trio.lowlevel.wait_writable(self._socket)
+
+    def heard_at(self, now: float) -> float:
+        if sys.platform != "linux" or self._socket.fileno() == -1:
+            return -math.inf
+        import fcntl
+        import termios
+
+        try:
+            if not int.from_bytes(fcntl.ioctl(self._socket, termios.TIOCOUTQ, bytes(4)), sys.byteorder):
+                return -math.inf
+            info = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _LAST_ACK_AT + 4)
+        except OSError:
+            return -math.inf
+        if len(info) < _LAST_ACK_AT + 4:
+            return -math.inf
+        return now - int.from_bytes(info[_LAST_ACK_AT:], sys.byteorder) / 1000
 
     def close(self) -> None:
         if self._socket.fileno() != -1:
@@ -142,7 +167,8 @@ class StreamChannel(Channel):
         if filled or not room:
             return filled
         if self._error is not None:
-            raise ConnectionLost(str(self._error))
+            silent = isinstance(self._stream.connection.close_error, PathLost)
+            raise (PathLost if silent else ConnectionLost)(str(self._error))
         return 0 if self._ended else None
 
     async def wait_receivable(self) -> None:

@@ -21,10 +21,11 @@ from lattica.errors import ConnectError, ConnectionLost, DialError, WrongPeer
 from lattica.interfaces import Connection, Listener, OnConnection, Stream, Transport
 from lattica.relay.requests import CIRCUIT, open_circuit
 from lattica.transports.channel import StreamChannel
-from lattica.transports.muxed import KeepAlive, MuxedConnection
+from lattica.transports.muxed import MuxedConnection
 from lattica.transports.upgrade import ConnectionFacts, Upgrader
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.limits import NEGOTIATION_TIMEOUT, RELAY_MAX_MESSAGE_BYTES, RELAY_MAX_UNFINISHED_CIRCUITS
+from lattica_protocols.paths.heartbeat import USUAL, Pace
 from lattica_protocols.relay.messages import STOP_PROTOCOL, Status, StopMessage, StopType, peer_untrusted, stop_status
 
 if TYPE_CHECKING:
@@ -52,13 +53,13 @@ class CircuitTransport(Transport):
         host: Host,
         *,
         entropy: Callable[[int], bytes] = os.urandom,
-        keep_alive: KeepAlive | None = None,
+        pace: Pace = USUAL,
         upgrader: Upgrader | None = None,
     ) -> None:
         self.relays: set[PeerId] = set()
         """Peers from which circuits are taken."""
         self._host = host
-        self._upgrader = upgrader or Upgrader(host.key, entropy, keep_alive=keep_alive)
+        self._upgrader = upgrader or Upgrader(host.key, entropy, pace=pace)
         self._facts: dict[Connection, CircuitFacts] = {}
         self._dialling: dict[PeerId, trio.Lock] = {}
         self._unfinished: dict[trio.CancelScope, None] = {}

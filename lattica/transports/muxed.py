@@ -18,13 +18,12 @@ from __future__ import annotations
 import enum
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Final
 
 import outcome
 import trio
 
-from lattica.errors import ConnectionLost, LatticaError, PeerMisbehaved, StreamReset
+from lattica.errors import ConnectionLost, LatticaError, PathLost, PeerMisbehaved, StreamReset
 from lattica.interfaces import Connection, Direction, Path
 from lattica.transports.channel import Channel
 from lattica.transports.muxed_stream import MuxedStream
@@ -32,6 +31,7 @@ from lattica_protocols.errors import LocalProtocolError, RemoteProtocolError
 from lattica_protocols.limits import YAMUX_ACK_BACKLOG
 from lattica_protocols.multiaddr import Multiaddr
 from lattica_protocols.noise import MAX_MESSAGE, MAX_PLAINTEXT, NoiseOpener, NoiseSealer
+from lattica_protocols.paths.heartbeat import Heartbeat, Pace, Verdict
 from lattica_protocols.peer_id import PeerId
 from lattica_protocols.yamux import (
     GO_AWAY_NORMAL,
@@ -60,6 +60,9 @@ TURN_BYTES: Final = 512 * 1024
 """Bytes that one direction of a connection moves before other tasks get their turn: about 1 ms of work."""
 TURN_READS: Final = 16
 """The same for reads that bring little."""
+SATURATED_SECONDS: Final = 30.0
+"""So long the acknowledgements of the peer's system stand for the peer: our probe waits in up to 4 MB of buffers before
+a link that may be slow. Longer, and its process hangs."""
 FREE_SEND_BUFFERS: Final = 4
 """Send buffers kept for the next connection that has something to send."""
 FIRST_PINGS: Final = 4
@@ -68,17 +71,6 @@ GOODBYE_TIMEOUT: Final = 1.0
 """Seconds that `aclose` gives the peer to take what was still queued."""
 LINGER_TIMEOUT: Final = 60.0
 """Seconds after which a stream that we closed, and the peer did not, is reset."""
-
-
-@dataclass(frozen=True, slots=True)
-class KeepAlive:
-    """When a silent connection is given up."""
-
-    interval: float = 15.0
-    """Seconds between pings. NAT mappings of TCP live for minutes at least; go pings every 30 s, js every 30
-    s."""
-    max_lost: int = 3
-    """Intervals without a byte from the peer after which it is taken for dead."""
 
 
 class SharedMemory:
@@ -113,7 +105,7 @@ class MuxedConnection(Connection):
         direction: Direction,
         path: Path,
         memory: SharedMemory,
-        keep_alive: KeepAlive,
+        pace: Pace,
         received: bytes = b"",
         decrypted: bytes = b"",
     ) -> None:
@@ -135,7 +127,10 @@ class MuxedConnection(Connection):
         self._channel = channel
         self._sealer, self._opener = ciphers
         self._memory = memory
-        self._keep_alive = keep_alive
+        self._pace = pace
+        self._waits: list[Callable[[], bool]] = []
+        self._watch_scope: trio.CancelScope | None = None
+        """Set while nobody waits for the peer and a write has to wake the watch."""
         self._kept = received
         self._decrypted = decrypted
         self._scope = trio.CancelScope()
@@ -146,11 +141,15 @@ class MuxedConnection(Connection):
         self._reading = False
         self._read_over: list[Callable[[], None]] = []
         self._read_at = self.opened_at
+        self._answered = 0
+        """Bytes of streams that were sent before we last heard of the peer."""
         # writing
         self._out: memoryview | None = None
         self._out_start = 0
         self._out_end = 0
         self._blocked = False
+        self._unblocked_at = 0.0
+        """When the channel, which was full, last took something: the peer, or its system, did, too."""
         self._first_pings = FIRST_PINGS - 1
         self._parked_writer: trio.lowlevel.Task | None = None
         self._write_waiters: list[tuple[MuxedStream, int, trio.lowlevel.Task]] = []
@@ -275,7 +274,7 @@ class MuxedConnection(Connection):
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._guard, self._read)
                     nursery.start_soon(self._guard, self._write)
-                    await self._watch()
+                    await self._guard(self._watch)
         finally:
             self.abort(None if self.closed.is_set() else ConnectionLost("the connection was closed by us"))
             self._release_out()
@@ -292,7 +291,8 @@ class MuxedConnection(Connection):
             self.abort()
         except (OSError, LatticaError, LocalProtocolError) as error:
             orderly = self.session.go_away_received or self.session.go_away_sent
-            self.abort(None if orderly else ConnectionLost(f"the connection was lost: {error}"))
+            kind = PathLost if isinstance(error, PathLost) else ConnectionLost
+            self.abort(None if orderly else kind(f"the connection was lost: {error}"))
         except Exception as error:
             # A bug in a sink, in the worst case one that a peer can provoke: it may cost this connection, not
             # the node.
@@ -350,17 +350,45 @@ class MuxedConnection(Connection):
         return trio.lowlevel.Abort.SUCCEEDED
 
     async def _watch(self) -> None:
-        """Measure the round trip, notice a dead peer, reset streams that the peer never closes."""
-        keep_alive = self._keep_alive
-        lost, seen = 0, self.received_bytes
-        while lost < keep_alive.max_lost:
-            self.session.ping(trio.current_time())
+        """Measure the round trip, notice a dead path, reset streams that the peer never closes."""
+        session = self.session
+        heartbeat = Heartbeat(trio.current_time(), self._pace)
+        measure_at = 0.0
+        while not self.closed.is_set():
+            now = trio.current_time()
+            wanted = session.data_sent != self._answered or self.doubtful or any(waits() for waits in self._waits)
+            heard_at = self._read_at
+            if now - heard_at < SATURATED_SECONDS:
+                heard_at = max(heard_at, self._unblocked_at, self._channel.heard_at(now))
+            verdict = heartbeat.check(now, heard_at=heard_at, wanted=wanted)
+            if verdict is Verdict.DEAD:
+                self.abort(PathLost(f"the peer has been silent for {now - heard_at:.1f} s"))
+                return
+            if verdict is Verdict.PROBE or (now >= measure_at and (wanted or not measure_at)):
+                measure_at = now + self._pace.keep_alive
+                session.ping(now)
+                self.wake_writer()
             self._end_lingering()
-            self.wake_writer()
-            await trio.sleep(keep_alive.interval)
-            lost = lost + 1 if self.received_bytes == seen else 0
-            seen = self.received_bytes
-        self.abort(ConnectionLost(f"the peer has been silent for {keep_alive.interval * lost:g} s"))
+            with trio.CancelScope(deadline=heartbeat.next_timeout) as scope:
+                if not wanted:
+                    self._watch_scope = scope
+                await trio.sleep_forever()
+            self._watch_scope = None
+
+    def doubt(self) -> None:
+        super().doubt()
+        self.session.ping(trio.current_time())
+        self.wake_writer()
+        if self._watch_scope is not None:
+            self._watch_scope.cancel()
+            self._watch_scope = None
+
+    def expect(self, waits: Callable[[], bool]) -> None:
+        self._waits.append(waits)
+
+    def unexpect(self, waits: Callable[[], bool]) -> None:
+        if waits in self._waits:
+            self._waits.remove(waits)
 
     def _end_lingering(self) -> None:
         now = trio.current_time()
@@ -377,6 +405,7 @@ class MuxedConnection(Connection):
         session, opener = self.session, self._opener
         self._reading = True
         self._read_at = now = trio.current_time()
+        self._answered = session.data_sent
         pos = 0
         try:
             while filled - pos > 2:
@@ -460,6 +489,8 @@ class MuxedConnection(Connection):
                 self.sent_bytes += sent
                 self._out_start += sent
                 budget -= sent
+                if self._blocked and sent:
+                    self._unblocked_at = trio.current_time()
                 self._blocked = self._out_start < self._out_end
                 if self._blocked:
                     return _Flushed.BLOCKED
@@ -482,6 +513,9 @@ class MuxedConnection(Connection):
             if end > start:
                 pos = self._sealer.seal(out, pos, end - start)
         self._out, self._out_start, self._out_end = out, 0, pos
+        if self._watch_scope is not None and session.data_sent != self._answered:
+            self._watch_scope.cancel()
+            self._watch_scope = None
         if self._write_waiters:
             for entry in [entry for entry in self._write_waiters if entry[0].state.sent >= entry[1]]:
                 self._write_waiters.remove(entry)

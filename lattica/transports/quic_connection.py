@@ -3,21 +3,23 @@
 All of it is driven by the endpoint's tasks: `receive`, `handle_timer` and `transmit` are plain calls. A write only
 marks the connection dirty; the endpoint calls `transmit` once for everything that was written in a scheduling turn.
 
-Keep-alive: a PING when nothing arrived for 5 s (NAT mappings live 30 s, Rust peers drop us after 10 s). When three
-of these intervals pass without an answer the path is dead, well before the idle timeout: libp2p peers other than Go do
-not follow a changed address, so waiting longer gains nothing.
+A path that falls silent while somebody waits for the peer is given up after 6.5 s (`Heartbeat`): libp2p peers other
+than Go do not follow a changed address, and ours go on over another path. One that nobody waits for is kept up by a
+PING every 25 s, or more often when the peer's idle timeout asks for it (Rust peers drop us after 10 s).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import trio
 from aioquic.quic import events
 
-from lattica.errors import ConnectionLost, DialError, LatticaError, WrongPeer
+from lattica.errors import ConnectionLost, DialError, LatticaError, PathLost, WrongPeer
 from lattica.interfaces import Connection, Direction
 from lattica.transports.quic_engine import ALPN, MAX_DATAGRAM_BYTES, Address, Engine
 from lattica.transports.quic_mtu import BASE_BYTES, PathMtuSearch
@@ -25,14 +27,17 @@ from lattica.transports.quic_stream import QuicStream
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.limits import MAX_QUIC_STREAMS
 from lattica_protocols.multiaddr import Multiaddr
+from lattica_protocols.paths.heartbeat import USUAL, Heartbeat, Verdict
 from lattica_protocols.peer_id import PeerId
 from lattica_protocols.tls import verify_certificate_untrusted
 
 if TYPE_CHECKING:
     from lattica.transports.quic_endpoint import Endpoint
 
-KEEP_ALIVE_SECONDS = 5.0
-DEAD_PATH_SECONDS = 3 * KEEP_ALIVE_SECONDS
+PACE = USUAL
+KEEP_ALIVE_SHARE = 0.4
+"""Of the idle timeout: two keep-alives may be lost."""
+LINGER_SECONDS = 5.0
 HANDSHAKE_TIMEOUT_SECONDS = 10.0
 
 _BLACK_HOLE_LOSSES = 3
@@ -62,8 +67,6 @@ class QuicLink(Connection):
         self.settled = trio.Event()
         """The handshake is over: `established`, or failed with `close_error`."""
         self.established = False
-        self.keep_alive = True
-        """Send PINGs when nothing else is sent. Turn off to let an unused connection run into its idle timeout."""
         self.local_addr = endpoint.local_addr
         self.remote = remote
         self.remote_addr = to_multiaddr(remote)
@@ -85,8 +88,10 @@ class QuicLink(Connection):
         self._opening = trio.lowlevel.ParkingLot()
         self._lingering: deque[tuple[float, QuicStream]] = deque()
         self._last_received = self.opened_at
-        self._next_keep_alive = self.opened_at + KEEP_ALIVE_SECONDS
-        self._pinged = False
+        self._waits: list[Callable[[], bool]] = []
+        self._heartbeat = Heartbeat(self.opened_at, PACE)
+        self._quiet = True
+        """Nobody waited for the peer when we last looked."""
         self._over = False
         self._close_datagrams: list[tuple[bytes, Any]] = []
         self._packets_after_close = 0
@@ -132,7 +137,7 @@ class QuicLink(Connection):
 
     def linger(self, stream: QuicStream) -> None:
         """Nobody reads `stream` any more, but the peer has not finished it: see `QuicStream.stop_lingering`."""
-        self._lingering.append((trio.current_time() + KEEP_ALIVE_SECONDS, stream))
+        self._lingering.append((trio.current_time() + LINGER_SECONDS, stream))
 
     def forget_if_finished(self, stream: QuicStream) -> None:
         """`stream` may have ended in both directions."""
@@ -147,7 +152,6 @@ class QuicLink(Connection):
             return
         self.received_bytes += len(data)
         self._last_received = now
-        self._pinged = False
         self.engine.receive(data, addr, now)
 
     def handle_events(self, now: float) -> None:
@@ -191,14 +195,12 @@ class QuicLink(Connection):
             if now >= self.opened_at + HANDSHAKE_TIMEOUT_SECONDS:
                 self.abort(DialError("no answer") if self.direction == "outbound" else ConnectionLost("no answer"))
             return
-        silent = now - self._last_received
-        if silent >= DEAD_PATH_SECONDS and engine.timeouts_in_a_row:
-            self.abort(ConnectionLost(f"the peer did not answer for {silent:.0f} s"))
-            return
-        if now >= self._next_keep_alive:
-            self._next_keep_alive = max(self._last_received, now - KEEP_ALIVE_SECONDS / 2) + KEEP_ALIVE_SECONDS
-            if self.keep_alive and silent >= KEEP_ALIVE_SECONDS * 0.9 and not self._pinged:
-                self._pinged = True
+        if now >= self._heartbeat.next_timeout:
+            verdict = self._check_heartbeat(now)
+            if verdict is Verdict.DEAD:
+                self.abort(PathLost(f"the peer did not answer for {now - self._last_received:.1f} s"))
+                return
+            if verdict is Verdict.PROBE:
                 engine.send_ping(0)
         while self._lingering and self._lingering[0][0] <= now:
             self._lingering.popleft()[1].stop_lingering()
@@ -213,6 +215,8 @@ class QuicLink(Connection):
             return self._repeat_close()
         datagrams = engine.transmit(now)
         if self.established:
+            if self._quiet and engine.awaits_acknowledgement:
+                self._check_heartbeat(now)
             datagrams += self._mtu_probe(now)
             if self.waiting_writers:
                 self._wake_writers()
@@ -232,7 +236,7 @@ class QuicLink(Connection):
             return deadline if self.engine.ended else None
         if not self.established:
             return min(deadline, self.opened_at + HANDSHAKE_TIMEOUT_SECONDS)
-        deadline = min(deadline, self._next_keep_alive)
+        deadline = min(deadline, self._heartbeat.next_timeout)
         if self._lingering:
             deadline = min(deadline, self._lingering[0][0])
         mtu = self._mtu.next_timeout() if self.engine.can_probe_mtu else None
@@ -262,7 +266,25 @@ class QuicLink(Connection):
         self._finish(ConnectionLost("the peer has lost the connection (it was restarted?)"))
         return True
 
+    def doubt(self) -> None:
+        super().doubt()
+        if self.established and not self._over:
+            self.engine.send_ping(0)
+            self.mark_dirty()
+
+    def expect(self, waits: Callable[[], bool]) -> None:
+        self._waits.append(waits)
+
+    def unexpect(self, waits: Callable[[], bool]) -> None:
+        if waits in self._waits:
+            self._waits.remove(waits)
+
     # -- inside -------------------------------------------------------------------------------------------------------
+    def _check_heartbeat(self, now: float) -> Verdict:
+        wanted = self.engine.awaits_acknowledgement or self.doubtful or any(waits() for waits in self._waits)
+        self._quiet = not wanted
+        return self._heartbeat.check(now, heard_at=self._last_received, wanted=wanted)
+
     def _check_alive(self) -> None:
         if self._over:
             raise ConnectionLost(str(self.close_error or "the connection is closed"))
@@ -304,7 +326,8 @@ class QuicLink(Connection):
     def _establish(self, now: float) -> None:
         self.established = True
         self.opened_at = now
-        self._next_keep_alive = now + KEEP_ALIVE_SECONDS
+        keep_alive = min(PACE.keep_alive, KEEP_ALIVE_SHARE * self.engine.idle_timeout)
+        self._heartbeat = Heartbeat(now, dataclasses.replace(PACE, keep_alive=keep_alive))
         self._mtu = self._new_mtu_search()
         self.settled.set()
         self._endpoint.handshake_over(self)

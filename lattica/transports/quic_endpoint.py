@@ -275,6 +275,8 @@ class Endpoint:
                 self.schedule(link)
             elif error.errno in _UNREACHABLE and not link.established:
                 link.send_failed(error)
+            elif error.errno in _UNREACHABLE:
+                link.source = None  # an address that we do not have any more: the system chooses another one
 
         rest = self.socket.send(datagrams, link.source, failed)
         if rest:

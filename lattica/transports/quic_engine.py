@@ -66,8 +66,8 @@ Address = tuple[str, int] | tuple[str, int, int, int]
 ALPN = "libp2p"
 MAX_DATAGRAM_BYTES = 16384
 """Larger ones exist on loopback only and cost more to lose."""
-IDLE_TIMEOUT_SECONDS = 30.0
-"""Ours; the smaller of both sides' counts. Go uses 30 s, Rust 10 s."""
+IDLE_TIMEOUT_SECONDS = 75.0
+"""Ours: three keep-alives. The smaller of both sides' counts; Go uses 30 s, Rust 10 s."""
 RESET_TOKEN_BYTES = 16
 
 _INITIAL_DATAGRAM_BYTES = 1200
@@ -204,9 +204,15 @@ class Engine(BulkPaths):
         return self._loss._rtt_smoothed if self._loss._rtt_initialized else None
 
     @property
-    def timeouts_in_a_row(self) -> int:
-        """Probe timeouts since the last acknowledgement (RFC 9002's pto_count)."""
-        return self._loss._pto_count
+    def idle_timeout(self) -> float:
+        """Seconds of silence after which one of the sides forgets the connection."""
+        return self._idle_timeout()
+
+    @property
+    def awaits_acknowledgement(self) -> bool:
+        """Something is on the way that the peer has to acknowledge."""
+        space = self._spaces.get(tls.Epoch.ONE_RTT)
+        return space is not None and space.ack_eliciting_in_flight > 0
 
     def terminate(self) -> None:
         """Forget the connection without a word: the peer has told us that it has no state for it."""

@@ -24,11 +24,12 @@ import trio
 from lattica.errors import DialError, LatticaError, WrongPeer
 from lattica.interfaces import Listener, OnConnection, Transport
 from lattica.transports.channel import SocketChannel
-from lattica.transports.muxed import KeepAlive, MuxedConnection
+from lattica.transports.muxed import MuxedConnection
 from lattica.transports.upgrade import ConnectionFacts, Upgrader
 from lattica_protocols.keys import PrivateKey
 from lattica_protocols.limits import MAX_UNFINISHED_HANDSHAKES, MAX_UNFINISHED_HANDSHAKES_PER_IP
 from lattica_protocols.multiaddr import Multiaddr
+from lattica_protocols.paths.heartbeat import USUAL, Pace
 from lattica_protocols.peer_id import PeerId
 
 logger = logging.getLogger(__name__)
@@ -62,10 +63,10 @@ class TcpTransport(Transport):
         nursery: trio.Nursery,
         *,
         entropy: Callable[[int], bytes] = os.urandom,
-        keep_alive: KeepAlive | None = None,
+        pace: Pace = USUAL,
         upgrader: Upgrader | None = None,
     ) -> None:
-        self.upgrader = upgrader or Upgrader(key, entropy, keep_alive=keep_alive)
+        self.upgrader = upgrader or Upgrader(key, entropy, pace=pace)
         """Also upgrades relayed circuits."""
         self.source_port: Callable[[PeerId | None, Multiaddr], int | None] = lambda peer, addr: None
         """The local port to dial a peer from: one we listen on, so that it sees the NAT's mapping of that."""

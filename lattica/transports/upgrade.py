@@ -26,12 +26,13 @@ import trio
 from lattica.errors import ConnectionLost, DialError, StreamReset, WrongPeer
 from lattica.interfaces import Direction, Path
 from lattica.transports.channel import Channel
-from lattica.transports.muxed import KeepAlive, MuxedConnection, SharedMemory
+from lattica.transports.muxed import MuxedConnection, SharedMemory
 from lattica_protocols import noise, yamux
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.keys import PrivateKey
 from lattica_protocols.multiaddr import Multiaddr
 from lattica_protocols.multistream import Initiator, Responder
+from lattica_protocols.paths.heartbeat import USUAL, Pace
 from lattica_protocols.peer_id import PeerId
 
 HANDSHAKE_TIMEOUT: Final = 10.0
@@ -54,14 +55,14 @@ class Upgrader:
     """Turns channels into connections. One for all of a node's stream-like transports."""
 
     def __init__(
-        self, key: PrivateKey, entropy: Callable[[int], bytes], *, keep_alive: KeepAlive | None = None
+        self, key: PrivateKey, entropy: Callable[[int], bytes], *, pace: Pace = USUAL
     ) -> None:
         """`entropy(n)` gives `n` unpredictable bytes (`os.urandom`)."""
         self.peer_id = PeerId.from_public_key(key.public_key)
         self.memory = SharedMemory()
         self._entropy = entropy
         self._identity = noise.NoiseIdentity.create(key, entropy(32), MUXERS)
-        self._keep_alive = keep_alive or KeepAlive()
+        self._pace = pace
 
     async def upgrade(
         self, channel: Channel, facts: ConnectionFacts, expected: PeerId | None, *, initiator: bool
@@ -123,7 +124,7 @@ class Upgrader:
             direction=facts.direction,
             path=facts.path,
             memory=self.memory,
-            keep_alive=self._keep_alive,
+            pace=self._pace,
             received=wire.take(),
             decrypted=secured.take(),
         )

@@ -153,6 +153,25 @@ RPC_MAX_CREDIT = 1 << 31
 RPC_SPILL_OVER = 32 << 10
 """Values with longer msgpack go into the tail, so heads on the control stream stay small."""
 
+RPC_ACK_AFTER = 64 << 10
+"""Bytes of a session received before they are acknowledged: one small frame in a thousand of the smallest calls."""
+
+RPC_ACK_ALONE_AFTER = 512 << 10
+"""The same when there is nothing else to send: a packet of its own costs as much as a small call."""
+
+RPC_MAX_UNACKED = 16 << 20
+"""Bytes of the control stream kept for a peer that does not acknowledge, as many as a stream's window lets travel."""
+
+RPC_MAX_UNACKED_TAIL_BYTES = 64 << 20
+"""The same of detached tails, kept by reference. One that is longer goes alone."""
+
+RPC_MAX_UNACKED_TAILS = 1024
+"""How far one detached tail may be ahead of another that is still missing; an account names that many, in 4 KiB."""
+
+RPC_MAX_SUSPENDED = 4
+"""Sessions with one peer that wait for a path. Half of `RPC_MAX_SESSIONS`: a peer whose path flaps can still open
+new ones."""
+
 
 # -- Kademlia -----------------------------------------------------------------------------------------------------
 KAD_MAX_MESSAGE_BYTES = 16 * 1024

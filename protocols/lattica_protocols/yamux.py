@@ -169,6 +169,8 @@ class YamuxSession:
         self.round_trip: float | None = None
         """Shortest round trip seen: what the windows are measured against."""
         self.go_away_sent = False
+        self.data_sent = 0
+        """Bytes of all streams so far: what a peer is expected to react to, unlike the answer to a ping."""
         self.go_away_received = False
         self._inbound = 0
         self._highest_inbound = 0
@@ -333,6 +335,7 @@ class YamuxSession:
             pos += HEADER_BYTES
             stream.copy_out(out, pos, size)
             stream.send_window -= size
+            self.data_sent += size
             stream.flags_due = 0
             stream.syn_sent = True
             pos += size

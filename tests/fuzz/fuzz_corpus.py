@@ -33,7 +33,7 @@ from lattica_protocols.noise import NoiseIdentity
 from lattica_protocols.peer_id import PeerId
 from lattica_protocols.peer_record import PEER_RECORD_DOMAIN, PEER_RECORD_TYPE, PeerRecord
 from lattica_protocols.protobuf import Kind, Message, optional, repeated, required
-from lattica_protocols.rpc import frames, tensors
+from lattica_protocols.rpc import frames, resume, tensors
 from lattica_protocols.varint import encode_uvarint
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "identity.json").read_text())
@@ -174,6 +174,10 @@ def rpc_heads() -> list[bytes]:
         frames.encode_hello(frames.Hello(b"s" * 16, features=frozenset({"a"})))[frames.HEADER_SIZE :],
         frames.encode_hello(frames.Hello(b"s" * 16, bulk=True))[frames.HEADER_SIZE :],
     ]
+
+
+def rpc_account() -> bytes:
+    return resume.Account(70_000, 3, (5, 6)).encode()
 
 
 # -- everything, and random messages --------------------------------------------------------------------------------

@@ -54,6 +54,7 @@ from lattica_protocols.rpc.frames import (
     decode_error_head_untrusted,
 )
 from lattica_protocols.rpc.inbox import FrameReader as RpcFrameReader
+from lattica_protocols.rpc.resume import FEATURE, Account
 from lattica_protocols.rpc.tensors import decode_args_untrusted, decode_value_untrusted
 from lattica_protocols.yamux_stream import YamuxStream
 
@@ -333,6 +334,7 @@ class YamuxPeer(Driver):
 
 # -- RPC --------------------------------------------------------------------------------------------------------------
 LIMITS = RpcLimits(calls=8, tail=1 << 20, held=4 << 20, detach_over=4096)
+RESUMES = frozenset({FEATURE})
 _CONTROL, _BULK = b"c", b"b"
 
 
@@ -353,6 +355,9 @@ class RpcPeer(Driver):
             kind = rng.choice((1, 1, 2, 3, 3, 4, 5, 6, 7, 8, 10, 11, 12, 200))
             flags = rng.choice((0, 0, 1, 2, 4, 6, 16, 128))
             head = corpus.random_msgpack(rng) if kind != CREDIT else rng.randbytes(8)
+            if kind == rpc_frames.ACK:
+                few = [rng.randrange(4) for _ in range(rng.randrange(3))]
+                head = Account(rng.choice((0, 1, 60, 1 << 40)), rng.randrange(3), tuple(few)).encode()
             if kind == REQUEST:
                 head = rpc_frames.encode_request_head(b"echo.echo", head, rng.choice((0, 5, 0xFFFFFFFF)))
             call_id = rng.choice((0, 1, 2, 3, 4, 5, 6, 7, 8, 0xFFFFFFFF))
@@ -373,7 +378,7 @@ class RpcPeer(Driver):
         return parts
 
     def _caller(self) -> Transcript:
-        machine = RpcConnection(initiator=True, session=b"s" * 16, limits=LIMITS)
+        machine = RpcConnection(initiator=True, session=b"s" * 16, limits=LIMITS, features=RESUMES)
         parts = self._collect(machine)
         for head, tail in corpus.rpc_values():
             call = machine.open_call("echo.echo", head, (tail,) if tail else (), deadline=5.0, now=0.0)
@@ -421,7 +426,7 @@ class RpcPeer(Driver):
             allocated.append(length)
             return bytearray(length)
 
-        machine = RpcConnection(initiator=False, limits=LIMITS, allocate=allocate)
+        machine = RpcConnection(initiator=False, limits=LIMITS, features=RESUMES, allocate=allocate)
         self._prepare(machine)
         bulk, now = BulkReader(machine), 100.0
         for part in parts:
@@ -436,6 +441,10 @@ class RpcPeer(Driver):
             assert machine.inbound_calls <= LIMITS.calls, "more calls than allowed"
             assert 0 <= machine._held <= LIMITS.held + (64 << 10), "more bytes held than allowed"
             assert machine.outbound_calls >= 0
+            if machine.resumption is not None and rng.random() < 0.02:  # its path is lost
+                account = Account(rng.choice((0, machine.resumption.sent.control_bytes)), rng.randrange(3))
+                machine.resumption.resume(account)
+                bulk = BulkReader(machine)
             self._answer(machine, rng)
         machine.connection_lost()
         machine.poll_events()

@@ -110,6 +110,8 @@ SEEDS: dict[str, Callable[[], list[tuple[bytes, ...]]]] = {
     ],
     "lattica_protocols.rpc.frames.decode_error_head_untrusted": lambda: [(head,) for head in corpus.rpc_heads()],
     "lattica_protocols.rpc.frames.decode_hello_head_untrusted": lambda: [(head,) for head in corpus.rpc_heads()],
+    "lattica_protocols.rpc.resume.decode_ack_head_untrusted": lambda: [(corpus.rpc_account(),)],
+    "lattica_protocols.rpc.resume.decode_resume_head_untrusted": lambda: [(bytes(20) + corpus.rpc_account(),)],
     "lattica_protocols.peer_record.PeerRecord.open_untrusted": lambda: [(corpus.RECORD.seal(corpus.KEY),)],
     "lattica_protocols.rpc.tensors.decode_value_untrusted": lambda: list(corpus.rpc_values()),
     "lattica_protocols.rpc.tensors.decode_args_untrusted": lambda: list(corpus.rpc_values()),

@@ -8,6 +8,7 @@ import selectors
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,9 @@ class ForkedProcess(Process):
             os.environ.clear()
             os.environ.update(environment)
             code = main(command)
+        except BaseException:
+            traceback.print_exc()  # `os._exit` prints none
+            sys.stderr.flush()
         finally:
             os._exit(code)
 

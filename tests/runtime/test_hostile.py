@@ -20,6 +20,7 @@ import pytest
 import trio
 from driven import driven
 from hostile_peer import (
+    ACK,
     AWAY,
     DATA,
     ELSEWHERE,
@@ -516,6 +517,8 @@ def test_slow_loris(attack: Callable[..., None]) -> None:
             with trio.fail_after(20):
                 while resets < 20:
                     data = await muxed.receive()
+                    if data[1] == PING and data[3] & SYN:  # whoever answers none is sent away before
+                        await muxed.send(data[:2] + bytes((0, ACK)) + data[4:12])
                     resets += sum(data[i + 1] == WINDOW and data[i + 3] & RST > 0 for i in range(0, len(data), 12))
             nursery.cancel_scope.cancel()
         for stream in streams:

@@ -168,3 +168,18 @@ def test_a_tail_of_no_bytes(pool: SegmentPool) -> None:
     segment = pool.store([], 0)
     assert len(map_tail_untrusted(segment.fd)) == 0
     segment.close()
+
+
+def test_a_tail_in_a_garbage_cycle_leaves_no_closed_segment_behind() -> None:
+    """What was received in part when its path was lost: mapping and segment are finalized together, in any order."""
+    pool = SegmentPool()
+    for _ in range(50):
+        cycle: list[object] = [pool.allocate(300_000)]
+        cycle.append(cycle)
+        del cycle
+        gc.collect()
+        segment = pool.store([b"x" * 300_000], 300_000)
+        assert segment.fd >= 0
+        pool.give_back(segment)
+        pool.store([pool.allocate(300_000)], 300_000).close()
+    pool.close()

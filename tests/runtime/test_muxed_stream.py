@@ -14,9 +14,9 @@ from tcp_nodes import BOB_ID, Recorder, connected, send_forever
 
 from lattica.errors import StreamReset
 from lattica.transports import muxed
-from lattica.transports.muxed import KeepAlive
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.limits import YAMUX_INITIAL_WINDOW
+from lattica_protocols.paths.heartbeat import Pace
 
 Run = Callable[..., Any]
 
@@ -263,7 +263,7 @@ def test_a_closed_stream_lingers_for_a_bounded_time(run: Run, monkeypatch: pytes
     monkeypatch.setattr(muxed, "LINGER_TIMEOUT", 0.02)
 
     async def main() -> None:
-        async with connected(keep_alive=KeepAlive(interval=0.02)) as pair:
+        async with connected(pace=Pace(keep_alive=0.02)) as pair:
             ours, theirs = await pair.streams()
             ours.write(b"x")
             await theirs.aclose()

@@ -29,6 +29,7 @@ from lattica.transports.quic_stream import HIGH_WATER_BYTES, QuicStream
 from lattica_protocols.keys import PrivateKey
 from lattica_protocols.limits import MAX_QUIC_STREAMS, QUIC_CONNECTION_WINDOW_BYTES, QUIC_STREAM_WINDOW_BYTES
 from lattica_protocols.multiaddr import Multiaddr
+from lattica_protocols.paths.heartbeat import Pace
 from lattica_protocols.peer_id import PeerId
 
 Run = Callable[..., Any]
@@ -807,8 +808,7 @@ def test_black_hole(run: Run) -> None:
 
 
 def test_dead_path(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quic_connection, "KEEP_ALIVE_SECONDS", 0.1)
-    monkeypatch.setattr(quic_connection, "DEAD_PATH_SECONDS", 0.3)
+    monkeypatch.setattr(quic_connection, "PACE", Pace(probe=0.1, dead=0.3, keep_alive=0.2))
 
     async def main() -> None:
         async with open_network() as (pair, network):

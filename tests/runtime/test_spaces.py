@@ -12,8 +12,9 @@ import trio
 import trio.testing
 
 import lattica
+from lattica import node
 from lattica.node import Node, NodeConfig, open_node
-from lattica.replica import Space
+from lattica.replica import Space, service
 from lattica_protocols.replica.proof import verify_proof_untrusted
 
 TCP = "/ip4/127.0.0.1/tcp/0"
@@ -120,6 +121,30 @@ def test_changes_are_watched(run, tmp_path: Path) -> None:
             # What arrives together may be told as one change: the last value always is.
             assert ("map", "data", "a", "set", 2) in seen
             assert ("list", "l", None, "edit", [{"insert": ["x"]}]) in seen
+
+    run(main)
+
+
+def test_neighbours_go_on_after_their_path_was_lost(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "SEARCH_PAUSES", (600.0, 600.0))
+    monkeypatch.setattr(node, "BOOTSTRAP_RETRY", (600.0, 600.0))  # nothing else brings them together again
+
+    async def main() -> None:
+        async with two_nodes(tmp_path) as (one, two):
+            space = await one.spaces.create("roster", [two.peer_id])
+            other = await two.spaces.join(space.id)
+            await until_equal(space, other)
+            for number in range(3):
+                space["n"] = number
+                await until_equal(space, other)
+                other["m"] = number
+                await until_equal(space, other)
+                for connection in (*one.host.connections(), *two.host.connections()):
+                    connection.abort(lattica.errors.PathLost("no answer"))
+            space["last"] = True
+            await until_equal(space, other)
 
     run(main)
 

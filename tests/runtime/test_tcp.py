@@ -18,10 +18,11 @@ from lattica.errors import ConnectionLost, DialError, PeerMisbehaved, WrongPeer
 from lattica.interfaces import Stream
 from lattica.transports import muxed, tcp, upgrade
 from lattica.transports.channel import SocketChannel, StreamChannel
-from lattica.transports.muxed import KeepAlive, MuxedConnection
+from lattica.transports.muxed import MuxedConnection
 from lattica.transports.tcp import TcpTransport
 from lattica.transports.upgrade import ConnectionFacts
 from lattica_protocols.multiaddr import Multiaddr
+from lattica_protocols.paths.heartbeat import Pace
 from lattica_protocols.peer_id import PeerId
 
 Run = Callable[..., Any]
@@ -325,7 +326,7 @@ def test_a_peer_that_vanishes(run: Run) -> None:
 
 def test_a_peer_that_answers_nothing_is_given_up(run: Run) -> None:
     async def main() -> None:
-        async with connected(keep_alive=KeepAlive(interval=0.05, max_lost=3)) as pair:
+        async with connected(pace=Pace(probe=0.05, dead=0.15, keep_alive=0.05)) as pair:
             # From here on the peer takes everything and says nothing, like a machine behind a dead link.
             pair.inbound._flush = lambda: muxed._Flushed.ALL  # type: ignore[method-assign]
             await pair.outbound.closed.wait()

@@ -76,7 +76,7 @@ def test_handshake_with_both_certificates(wire: Wire) -> None:
         assert engine.rtt is not None
         assert engine.close_reason is None
         assert not engine.ended
-        assert engine.timeouts_in_a_row == 0
+        assert not engine.awaits_acknowledgement
         assert engine.tls._receive_buffer == b""
 
 

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from lattica_protocols.errors import LocalProtocolError, RemoteProtocolError
-from lattica_protocols.rpc import frames
+from lattica_protocols.rpc import frames, resume
 from lattica_protocols.rpc.connection import RpcConnection, RpcLimits
 from lattica_protocols.rpc.tensors import decode_args_untrusted, encode_args, encode_value
 
+ACCOUNT = resume.Account(70_000, 3, (5, 6))
 SPEC = Path(__file__).parents[2] / "protocols" / "specs" / "rpc.md"
 
 
@@ -58,6 +59,11 @@ def vectors() -> dict[str, bytes]:
         "error, call 5": frames.encode_frame(5, 1, 5, frames.encode_error_head(6, "ValueError", "no")),
         "cancel of call 7": frames.encode_frame(6, 1, 7),
         "credit of 32 items and 2 MiB, call 9": frames.encode_frame(7, 0, 9, frames.CREDIT_HEAD.pack(32, 2 << 20)),
+        "ack of 70,000 bytes, the tails before 3, and 5 and 6": frames.encode_frame(12, 0, 0, ACCOUNT.encode()),
+        "resume in epoch 2 with the same account": frames.encode_frame(
+            13, 0, 0, resume.Resume(bytes(range(16)), 2, ACCOUNT).encode()
+        ),
+        "hello of a bulk stream of epoch 2": frames.encode_hello(frames.Hello(bytes(range(16)), bulk=True, epoch=2)),
     }
 
 

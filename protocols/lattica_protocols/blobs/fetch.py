@@ -172,6 +172,11 @@ class Fetch(Generic[K]):
         """Whether it sent wrong bytes before: `add_source` refuses it."""
         return source in self._liars
 
+    def waits_for(self, source: K) -> bool:
+        """Whether it was asked for something that has not come."""
+        entry = self._sources.get(source)
+        return entry is not None and bool(entry.outstanding)
+
     def window(self, source: K) -> int:
         """How many chunks may be asked of a source at a time."""
         return self._sources[source].window

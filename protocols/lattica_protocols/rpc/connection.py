@@ -23,6 +23,7 @@ A runtime drives it like this, after every stretch of work::
     CANCEL    an inbound call is over: cancelled, past its deadline, or the connection is lost
     CREDIT    a stream may send again: look at `call.can_send()`
     HELLO, PING, GOAWAY   with `machine.session_call`; PING is the answer to ours, head what was sent
+    ACK       likewise: the peer has more of what we sent, `resumption.sent` holds less
 
 `head` is bytes, `tail` a buffer that belongs to the receiver of the event (b"" when there is none).
 
@@ -41,6 +42,8 @@ from typing import TypeAlias
 
 from lattica_protocols.errors import LocalProtocolError, RemoteProtocolError
 from lattica_protocols.limits import (
+    RPC_ACK_AFTER,
+    RPC_ACK_ALONE_AFTER,
     RPC_DETACH_OVER,
     RPC_INITIAL_CALLS,
     RPC_MAX_CALLS,
@@ -58,6 +61,7 @@ from lattica_protocols.limits import (
 from lattica_protocols.rpc.calls import BOTH_STREAMS, Call, Waiting
 from lattica_protocols.rpc.deadlines import Deadlines
 from lattica_protocols.rpc.frames import (
+    ACK,
     BULK,
     CANCEL,
     CLIENT_STREAM,
@@ -81,6 +85,7 @@ from lattica_protocols.rpc.frames import (
     REQUEST_PRELUDE,
     RESOURCE_EXHAUSTED,
     RESPONSE,
+    RESUME,
     SERVER_STREAM,
     VALUE_HEAD,
     Buffer,
@@ -91,6 +96,7 @@ from lattica_protocols.rpc.frames import (
 )
 from lattica_protocols.rpc.inbox import FrameReader
 from lattica_protocols.rpc.outbox import Outbox
+from lattica_protocols.rpc.resume import FEATURE, Resumption, decode_ack_head_untrusted
 from lattica_protocols.rpc.tails import DetachedTails
 
 Event: TypeAlias = tuple[int, Call, bytes, Buffer]
@@ -99,7 +105,7 @@ Event: TypeAlias = tuple[int, Call, bytes, Buffer]
 _MESSAGES = (RESPONSE, ITEM)
 _CONTROLS = (END, ERROR, CANCEL, CREDIT)
 _ENDINGS = (RESPONSE, ERROR)
-_MISPLACED = (HELLO, BULK)
+_MISPLACED = {HELLO: "a second HELLO", BULK: "BULK on a control stream", RESUME: "RESUME within a control stream"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +151,10 @@ class RpcConnection:
         self.calls_seen = 0
         """Calls so far, both directions: whether the session was used since somebody looked."""
         self.lost = False
+        self.suspended = False
+        """The runtime's to set: there is no path at the moment, so no call should be opened."""
+        self.resumption = Resumption() if FEATURE in features else None
+        """What is needed to go on over another path; `None` when one of the sides cannot. See `resume`."""
         self.session_call = Call(0, True, 0, "", b"", None)
         """Stands for the session in events that belong to no call (PING, GOAWAY)."""
         self.outbound_calls = 0
@@ -170,6 +180,11 @@ class RpcConnection:
     def receive_data(self, data: Buffer, now: float) -> None:
         """Bytes of the control stream. `data` is not kept and may be used again."""
         self._now = now
+        resumption = self.resumption
+        if resumption is not None:
+            received, nbytes = resumption.received, len(data)
+            received.control_bytes += nbytes
+            received.owed += nbytes
         self._reader.receive_data(data)
 
     def expect_tail(self, tail_id: int, length: int) -> Buffer | None:
@@ -185,12 +200,16 @@ class RpcConnection:
     def receive_tail(self, tail_id: int, tail: Buffer) -> None:
         """A detached tail is here, from a bulk stream or a file descriptor; it now belongs to the machine."""
         call = self._tails.arrived(tail_id, tail)
+        if self.resumption is not None:
+            self.resumption.received.add_tail(tail_id, len(tail))
         if call is not None:
             self._deliver_waiting(call)
 
     def drop_tail(self, tail_id: int) -> None:
         """A tail that `expect_tail` did not want went by."""
         self._tails.dropped(tail_id)
+        if self.resumption is not None:
+            self.resumption.received.add_tail(tail_id, 0)
 
     def connection_lost(self, reason: str = "the connection was lost") -> None:
         """Every call ends: ours with ERROR(CONNECTION_LOST), the peer's with CANCEL. Safe to call twice."""
@@ -205,16 +224,31 @@ class RpcConnection:
             elif call.announced:
                 self._events.append((CANCEL, call, b"", b""))
         self.outbox.clear()
+        if self.resumption is not None:
+            self.resumption.sent.clear()
 
     # -- output ------------------------------------------------------------------------------------
     def poll_transmit(self) -> list[Buffer]:
         """Buffers for the control stream, in order. Short output comes as one buffer."""
-        return self.outbox.take_frames()
+        resumption, outbox = self.resumption, self.outbox
+        if resumption is None:
+            return outbox.take_frames()
+        owed = resumption.received.owed
+        if owed >= RPC_ACK_AFTER and (outbox.unsent or owed >= RPC_ACK_ALONE_AFTER):
+            outbox.add(ACK, 0, 0, resumption.received.account().encode())
+        frames = outbox.take_frames()
+        if frames:
+            resumption.sent.add_control(frames)
+        return frames
 
     def poll_detached(self) -> list[tuple[int, int, Sequence[Buffer]]]:
         """`(tail id, length, buffers)` of tails that go another way. After `poll_transmit`, whose frames
         name them."""
-        return self.outbox.take_detached()
+        detached = self.outbox.take_detached()
+        if detached and self.resumption is not None:
+            for tail in detached:
+                self.resumption.sent.add_tail(tail)
+        return detached
 
     def poll_events(self) -> list[Event]:
         """All events since the last time."""
@@ -247,7 +281,7 @@ class RpcConnection:
     # -- verbs of a caller -------------------------------------------------------------------------
     def can_open(self) -> bool:
         """One more call is within what the other side accepts."""
-        return self.outbound_calls < self.peer_calls and not self.going_away and not self.lost
+        return self.outbound_calls < self.peer_calls and not (self.going_away or self.lost or self.suspended)
 
     def open_call(
         self,
@@ -445,6 +479,8 @@ class RpcConnection:
         hello = decode_hello_head_untrusted(head)
         if hello.bulk:
             raise RemoteProtocolError("a bulk stream's hello on a control stream")
+        if FEATURE not in hello.features:
+            self.resumption = None
         self.peer = hello
         self.peer_calls, self.outbox.peer_tail = hello.calls, hello.tail
         self._events.append((HELLO, self.session_call, head, b""))
@@ -460,8 +496,13 @@ class RpcConnection:
         elif kind == GOAWAY:
             self.going_away = self._heard_goodbye = True
             self._events.append((GOAWAY, self.session_call, head, b""))
+        elif kind == ACK:
+            if self.resumption is None:
+                raise RemoteProtocolError("an ACK although the sessions cannot be resumed")
+            self.resumption.sent.acknowledge(decode_ack_head_untrusted(head))
+            self._events.append((ACK, self.session_call, head, b""))
         elif kind in _MISPLACED:
-            raise RemoteProtocolError("a second HELLO" if kind == HELLO else "BULK on a control stream")
+            raise RemoteProtocolError(_MISPLACED[kind])
         elif not flags & IGNORABLE:
             raise RemoteProtocolError(f"unknown frame kind {kind}")
 

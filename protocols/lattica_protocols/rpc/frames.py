@@ -51,6 +51,8 @@ BULK: Final = 8
 HELLO: Final = 9
 PING: Final = 10
 GOAWAY: Final = 11
+ACK: Final = 12
+RESUME: Final = 13
 
 # -- flags -----------------------------------------------------------------------------------------
 FINAL: Final = 0x01
@@ -151,6 +153,8 @@ class Hello:
     tail: int = RPC_MAX_TAIL
     """The longest tail the sender accepts, bytes."""
     features: frozenset[str] = frozenset()
+    epoch: int = 0
+    """Of a bulk stream: the control stream that it goes with, see `resume`."""
 
 
 def encode_hello(hello: Hello) -> bytes:
@@ -160,6 +164,8 @@ def encode_hello(hello: Hello) -> bytes:
         fields["session"] = hello.session
     if hello.bulk:
         fields["bulk"] = True
+        if hello.epoch:
+            fields["epoch"] = hello.epoch
     else:
         fields |= {"calls": hello.calls, "tail": hello.tail, "features": sorted(hello.features)}
     return encode_frame(HELLO, 0, 0, msgpack.packb(fields))
@@ -172,16 +178,18 @@ def decode_hello_head_untrusted(head: bytes) -> Hello:
         raise RemoteProtocolError("hello is not version 1")
     session, bulk = fields.get("session", b""), fields.get("bulk", False)
     calls, tail = fields.get("calls", RPC_INITIAL_CALLS), fields.get("tail", RPC_MAX_TAIL)
-    features = fields.get("features", [])
+    features, epoch = fields.get("features", []), fields.get("epoch", 0)
     if not (isinstance(session, bytes) and len(session) in (0, 16) and isinstance(bulk, bool)):
         raise RemoteProtocolError("hello: session is 16 bytes and bulk a bool")
+    if not (isinstance(epoch, int) and 0 <= epoch <= 0xFFFFFFFF):
+        raise RemoteProtocolError("hello: epoch is a number of 32 bits")
     if not (isinstance(calls, int) and isinstance(tail, int) and calls > 0 and tail >= 0):
         raise RemoteProtocolError("hello: calls and tail are positive numbers")
     if not (isinstance(features, list) and all(isinstance(name, str) for name in features)):
         raise RemoteProtocolError("hello: features is a list of names")
     if bulk and not session:
         raise RemoteProtocolError("hello of a bulk stream names no session")
-    return Hello(session, bulk, calls, tail, frozenset(features))
+    return Hello(session, bulk, calls, tail, frozenset(features), epoch)
 
 
 def _unpack_untrusted(head: bytes, what: str) -> Any:

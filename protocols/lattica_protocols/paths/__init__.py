@@ -1,0 +1,1 @@
+"""Of paths to a peer: whether one is alive."""

@@ -1,0 +1,138 @@
+"""The heartbeat machine, on a clock of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lattica_protocols.paths.heartbeat import USUAL, Heartbeat, Pace, Verdict
+
+ROUND_TRIP = 0.05
+
+
+class Path:
+    """A path that is checked when the machine wants it, up to a time."""
+
+    def __init__(self, *, keep_alive: float = USUAL.keep_alive) -> None:
+        self.now = 0.0
+        self.heard_at = 0.0
+        self.wanted = False
+        self.alive = True
+        self.slow = 0.0
+        self.probes: list[float] = []
+        self.dead_at: float | None = None
+        self.machine = Heartbeat(0.0, Pace(keep_alive=keep_alive))
+        self.answers: list[float] = []
+
+    def check(self) -> None:
+        verdict = self.machine.check(self.now, heard_at=self.heard_at, wanted=self.wanted)
+        if verdict is Verdict.PROBE:
+            self.probes.append(self.now)
+            if self.alive:
+                self.answers.append(self.now + ROUND_TRIP + self.slow)
+        elif verdict is Verdict.DEAD:
+            self.dead_at = self.now
+
+    def run(self, until: float, *, heard: Callable[[float], float] | None = None) -> None:
+        while self.dead_at is None and min(self.machine.next_timeout, *self.answers, until) < until:
+            self.now = max(self.now, min(self.machine.next_timeout, *self.answers, until))
+            if self.answers and self.now >= self.answers[0]:
+                self.heard_at = self.answers.pop(0)
+            else:
+                if heard is not None:
+                    self.heard_at = heard(self.now)
+                self.check()
+        self.now = until if self.dead_at is None else self.dead_at
+
+    def want(self) -> None:
+        self.wanted = True
+        self.check()
+
+
+@given(st.floats(0, 100), st.floats(0, 30))
+def test_a_path_that_is_used_is_given_up_in_time(before: float, cut_after: float) -> None:
+    path = Path()
+    path.run(before)
+    path.want()
+    path.run(path.now + cut_after)
+    path.alive = False
+    heard, cut = path.heard_at, path.now
+    path.run(cut + 60)
+    assert path.dead_at is not None
+    assert path.dead_at <= max(heard, before, cut) + USUAL.dead + ROUND_TRIP + 1e-6
+    assert path.dead_at >= max(heard, before) + USUAL.dead - 1e-6
+
+
+def test_traffic_needs_no_probes_and_its_end_is_noticed() -> None:
+    path = Path()
+    path.want()
+    path.run(100, heard=lambda now: now - 0.1)
+    assert path.probes == []
+    path.alive, last = False, path.heard_at
+    path.run(200)
+    assert path.dead_at == pytest.approx(last + USUAL.dead)
+
+
+@pytest.mark.parametrize("busy", [2.0, 3.3])
+def test_a_busy_peer_lives(busy: float) -> None:
+    path = Path()
+    path.slow = busy
+    path.want()
+    path.run(500)
+    assert path.dead_at is None
+
+
+def test_any_byte_counts() -> None:
+    """A link so slow that each acknowledgement takes 3 s to come, and no probe gets through."""
+    path = Path()
+    path.alive = False
+    path.want()
+    path.run(500, heard=lambda now: math.floor(now / 3) * 3)
+    assert path.dead_at is None
+
+
+def test_an_idle_path_costs_one_probe_in_25_seconds() -> None:
+    path = Path()
+    path.run(1000)
+    assert len(path.probes) == pytest.approx(1000 / (USUAL.keep_alive + ROUND_TRIP), abs=1)
+    path.alive = False
+    path.run(2000)
+    assert path.dead_at is not None
+    assert path.dead_at - path.probes[-1] == pytest.approx(USUAL.dead)
+
+
+def test_without_a_mapping_to_keep_nothing_is_sent() -> None:
+    path = Path(keep_alive=math.inf)
+    path.run(10_000)
+    assert path.probes == []
+    path.want()
+    path.run(10_004)
+    assert path.probes == [10_003]
+
+
+def test_our_own_sleep_is_not_the_peers_silence() -> None:
+    path = Path()
+    path.want()
+    path.run(3.1)
+    path.wanted = True
+    path.now = 600.0  # the lid was closed
+    path.check()
+    assert path.dead_at is None
+    path.alive = True
+    path.run(700)
+    assert path.dead_at is None
+
+
+def test_a_path_nobody_needs_any_more_is_left_alone() -> None:
+    path = Path()
+    path.alive = False
+    path.want()
+    path.run(2.9)
+    path.wanted = False
+    path.run(20)
+    assert path.dead_at is None
+    assert path.probes == []
