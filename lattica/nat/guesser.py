@@ -216,7 +216,7 @@ class PortGuesser:
         """What was agreed on. Whether a direct connection came of it."""
         assert exchange.technique is not None
         peer, started = relayed.peer_id, trio.current_time()
-        guess = Guess(exchange.technique, exchange.opens)
+        guess = Guess(exchange.technique, exchange.opens and exchange.technique is Technique.BIRTHDAY)
         self.on_guess(peer, guess)
         plan = exchange.plan(self._proven(relayed), opener_ttl=self._opening_hops() or None, opener_wait=OPENER_WAIT)
         towards, most = _towards(plan), most_probes(plan)
