@@ -25,8 +25,9 @@ round-robin. So a small message waits for at most one share of bulk data. When s
 messages, every fourth begins with bulk.
 
 Growing windows: what the reader took is measured over a round trip or more. While a window is smaller than twice the
-bytes of one round trip at that rate, it may be the brake, so it is doubled, up to 16 MiB a stream and 64 MiB a
-connection. No larger than that: what is in flight beyond it stands in a queue somewhere, and small messages behind it.
+bytes of one round trip at that rate, and three Noise messages, it may be the brake, so it is doubled, up to 16 MiB a
+stream and 64 MiB a connection. No larger than that: what is in flight beyond it stands in a queue somewhere, and small
+messages behind it.
 (The rule of go-yamux and quic-go, a time for half a window, takes one quick burst out of the kernel's buffers for a
 quick path, and doubles for good.)
 """
@@ -65,9 +66,12 @@ GO_AWAY_INTERNAL_ERROR: Final = 2
 SMALL_SHARE: Final = 8192
 """A stream with no more than this queued is served before bulk."""
 _BULK_TURN: Final = 4
-_ASSUMED_ROUND_TRIP: Final = 0.0002
+_ASSUMED_ROUND_TRIP: Final = 0.0001
 """Seconds. Lower bound of the round trip for growing windows: below it, waking a process up is what takes the
 time."""
+_IN_MESSAGES: Final = 3 * 65536
+"""Bytes that a path holds besides what its round trip tells: a Noise message is used when all of it is there, at a
+relay and at the end, and a ping is too small to wait for that. On a slow line these are most of what is under way."""
 _SHORTEST_MEASUREMENT: Final = 0.002
 """Seconds over which a rate is measured at least: several turns of both ends' schedulers, so that one burst is no
 rate."""
@@ -374,7 +378,7 @@ class YamuxSession:
         round_trip = max(self.round_trip or 0.0, _ASSUMED_ROUND_TRIP)
         if elapsed < max(round_trip, _SHORTEST_MEASUREMENT):
             return 0
-        needed = 2 * stream.measured_bytes * round_trip / elapsed
+        needed = 2 * stream.measured_bytes * round_trip / elapsed + _IN_MESSAGES
         stream.measured_bytes, stream.measured_since = 0, now
         extra = min(stream.window, min(self._max_window, stream.max_window) - stream.window)
         if stream.window < needed and 0 < extra <= YAMUX_MAX_EXTRA_WINDOWS - self._extra_windows:

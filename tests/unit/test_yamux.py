@@ -286,19 +286,34 @@ def test_windows_stay_when_the_peer_is_slow() -> None:
 
 
 def test_a_window_grows_to_what_the_path_holds_and_no_further() -> None:
-    """100 MB/s over 20 ms are 2 MB in flight: after that the window is not the brake, however quick a burst is."""
+    """90 MB/s over 20 ms are 1.8 MB in flight: after that the window is not the brake, however quick a burst is."""
     alice, bob = pair()
     a, b = opened(alice, bob)
     bob.round_trip = 0.02
     now = 0.0
     for _ in range(2000):
-        alice.write(a, bytes(max(0, 2_000_000 - a.queued)))
+        alice.write(a, bytes(max(0, 1_800_000 - a.queued)))
         received = len(data_of(feed(bob, output(alice), now)))
         for part in range(4):  # what came at once is read at once
             bob.consume(b, received * (part + 1) // 4 - received * part // 4, now)
         feed(alice, output(bob), now)
-        now += max(received / 100e6, 0.02)
-    assert 4_000_000 <= b.window < 8_000_000
+        now += max(received / 90e6, 0.02)
+    assert 3_600_000 <= b.window < 7_200_000
+
+
+def test_a_slow_path_has_room_for_whole_messages() -> None:
+    """Where 64 KiB take longer than a ping, its round trip alone would keep the first window, and half the rate."""
+    alice, bob = pair()
+    a, b = opened(alice, bob)
+    bob.round_trip = 0.04
+    now = 0.0
+    for _ in range(100):
+        alice.write(a, bytes(max(0, (1 << 20) - a.queued)))
+        received = len(data_of(feed(bob, output(alice), now)))
+        bob.consume(b, received, now)
+        feed(alice, output(bob), now)
+        now += max(received / 2.5e6, 0.18)  # three messages at 2.5 MB/s, and a round trip
+    assert b.window == 2 * YAMUX_INITIAL_WINDOW
 
 
 def test_all_windows_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
