@@ -67,6 +67,8 @@ FREE_SEND_BUFFERS: Final = 4
 """Send buffers kept for the next connection that has something to send."""
 FIRST_PINGS: Final = 4
 """Pings right after the handshake. The shortest counts for the windows; the first meets processes busy with setup."""
+PINGS_AGAIN_AFTER: Final = 1.0
+"""Seconds until as many more: identify, the first lookups and the first calls are over by then, on most connections."""
 GOODBYE_TIMEOUT: Final = 1.0
 """Seconds that `aclose` gives the peer to take what was still queued."""
 LINGER_TIMEOUT: Final = 60.0
@@ -274,6 +276,7 @@ class MuxedConnection(Connection):
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._guard, self._read)
                     nursery.start_soon(self._guard, self._write)
+                    nursery.start_soon(self._ping_again)
                     await self._guard(self._watch)
         finally:
             self.abort(None if self.closed.is_set() else ConnectionLost("the connection was closed by us"))
@@ -298,6 +301,12 @@ class MuxedConnection(Connection):
             # the node.
             logger.exception("connection to %s: unexpected error", self.peer_id)
             self.abort(ConnectionLost(f"internal error: {error!r}"))
+
+    async def _ping_again(self) -> None:
+        await trio.sleep(PINGS_AGAIN_AFTER)
+        self._first_pings = FIRST_PINGS - 1
+        self.session.ping(trio.current_time())
+        self.wake_writer()
 
     async def _read(self) -> None:
         memory, channel = self._memory.receive, self._channel

@@ -66,9 +66,6 @@ GO_AWAY_INTERNAL_ERROR: Final = 2
 SMALL_SHARE: Final = 8192
 """A stream with no more than this queued is served before bulk."""
 _BULK_TURN: Final = 4
-_ASSUMED_ROUND_TRIP: Final = 0.0001
-"""Seconds. Lower bound of the round trip for growing windows: below it, waking a process up is what takes the
-time."""
 _IN_MESSAGES: Final = 3 * 65536
 """Bytes that a path holds besides what its round trip tells: a Noise message is used when all of it is there, at a
 relay and at the end, and a ping is too small to wait for that. On a slow line these are most of what is under way."""
@@ -375,7 +372,7 @@ class YamuxSession:
         """By how much the window grows, after the reader took `taken` more bytes."""
         stream.measured_bytes += taken
         elapsed = now - stream.measured_since
-        round_trip = max(self.round_trip or 0.0, _ASSUMED_ROUND_TRIP)
+        round_trip = self.round_trip or 0.0
         if elapsed < max(round_trip, _SHORTEST_MEASUREMENT):
             return 0
         needed = 2 * stream.measured_bytes * round_trip / elapsed + _IN_MESSAGES

@@ -164,6 +164,8 @@ def make_file(path: Path, size: int) -> Path:
         block = os.urandom(16 * MIB)
         for number in range(size // len(block)):
             file.write(number.to_bytes(8, "big") + block[8:])
+        file.flush()
+        os.fsync(file.fileno())  # now, and not by the kernel while something is measured
     return path
 
 
