@@ -18,7 +18,7 @@ README = HERE.parents[1] / "README.md"
 CHART = HERE / "figures.svg"
 BETWEEN = re.compile(r"(?<=<!-- figures -->\n).*?(?=<!-- end of figures -->)", re.DOTALL)
 
-WIDTH, LABEL, ROW, BAR = 980, 390, 46, 15
+WIDTH, LABEL, ROW, BAR = 1020, 390, 46, 15
 """Pixels: the picture, the names at its left, the height of a figure, of one of its two bars."""
 OURS, THEIRS, TEXT = "#2f6fdb", "#a9b4c2", "#57606a"
 """Read on white and on dark pages alike."""
@@ -42,7 +42,7 @@ def table(machine: str, rows: list[dict[str, Any]]) -> str:
 def chart(rows: list[dict[str, Any]]) -> str:
     """Two bars for each figure that has something to be compared with; the longer one takes the whole width."""
     compared = [row for row in rows if row["theirs"] and row["unit"] in ("MB/s", "calls/s")]
-    room = WIDTH - LABEL - 220
+    room = WIDTH - LABEL - 260
     parts = []
     for number, row in enumerate(compared):
         top, most = number * ROW + 8, max(row["ours"], row["theirs"])
