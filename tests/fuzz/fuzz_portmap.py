@@ -19,12 +19,15 @@ from lattica_protocols.portmap.http import ResponseReader, decode_response_untru
 from lattica_protocols.portmap.igd import (
     Fault,
     decode_answer_untrusted,
+    decode_description_untrusted,
     external_ip_untrusted,
     reserved_port_untrusted,
 )
 from lattica_protocols.portmap.igd_client import IgdClient
 from lattica_protocols.portmap.mapping import HttpRequest, Outgoing, Port
+from lattica_protocols.portmap.natpmp import NatPmpCodec
 from lattica_protocols.portmap.pcp import PcpCodec, decode_announcement_untrusted
+from lattica_protocols.portmap.ssdp import Url
 
 DOCUMENTS = [
     description(),
@@ -89,12 +92,19 @@ class Answers(Driver):
 
     def seeds(self) -> list[Transcript]:
         chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"
-        return [(http(text),) for text in DOCUMENTS] + [(chunked,)] + [(data,) for data in datagrams()]
+        documents = [(text.encode(),) for text in DOCUMENTS]
+        return documents + [(http(text),) for text in DOCUMENTS] + [(chunked,)] + [(data,) for data in datagrams()]
 
     def run(self, parts: list[bytes], rng: random.Random) -> None:
         reader = ResponseReader()
         for part in parts:
-            for parse in (PcpCodec(LOCAL, rng).decode_untrusted, decode_announcement_untrusted):
+            parsers = (
+                PcpCodec(LOCAL, rng).decode_untrusted,
+                NatPmpCodec().decode_untrusted,
+                decode_announcement_untrusted,
+                lambda data: decode_description_untrusted(data, Url(GATEWAY, 5000, "/")),
+            )
+            for parse in parsers:
                 try:
                     parse(part)
                 except RemoteProtocolError:
