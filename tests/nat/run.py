@@ -24,7 +24,7 @@ from nat_lab import missing  # noqa: E402
 
 PEERS = ROOT / "tests" / "interop" / "install_peers.py"
 SECONDS = {"T0": 60, "T1": 1200, "T2": 240}
-"""What a tier may take; it is ended then, and failed. On two cores they take 5, 440 and 85 s."""
+"""What a tier may take; it is ended then, and failed. On two cores they take 5, 520 and 70 s."""
 LAST_WORDS_SECONDS = 20
 INSIDE = 'mount -t tmpfs none /run && mkdir /run/netns && exec "$@"'
 """`ip netns` keeps its names under /run, which is not ours outside."""
