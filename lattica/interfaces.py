@@ -183,6 +183,8 @@ class Connection(ABC):
     """Set once, when the connection is gone, whoever ended it."""
     close_error: Exception | None = None
     """Why it is gone: `None` for an orderly end."""
+    for_bulk: bool = False
+    """Set apart for bulk: calls take another connection with the same peer, so that they do not queue behind it."""
     _doubted_at: int | None = None
     """What `received_bytes` was when it was doubted."""
 

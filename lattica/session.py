@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 _BULK_RANK: dict[Path, int] = {"tcp": 0, "memory": 0, "quic": 1, "relay": 2}
 _RTT_GAIN = 0.8
 """Another path must be a fifth quicker before calls move to it: the measurements jitter by about that much."""
+_RTT_NOISE = 0.001
+"""Seconds, and by so much more: nearer than that it is not the path that is measured but the processes at its ends."""
 
 
 class Session:
@@ -47,9 +49,11 @@ def _better(new: Connection, old: Connection, stream_class: StreamClass) -> bool
     if new.doubtful != old.doubtful:
         return old.doubtful
     if stream_class == "bulk":
-        return _BULK_RANK[new.path] < _BULK_RANK[old.path]
+        return (_BULK_RANK[new.path], not new.for_bulk) < (_BULK_RANK[old.path], not old.for_bulk)
     if (new.path == "relay") != (old.path == "relay"):
         return old.path == "relay"
+    if new.path == old.path and new.for_bulk != old.for_bulk:
+        return old.for_bulk
     if new.rtt is not None and old.rtt is not None:
-        return new.rtt < old.rtt * _RTT_GAIN
+        return new.rtt < old.rtt * _RTT_GAIN - _RTT_NOISE
     return _BULK_RANK[new.path] < _BULK_RANK[old.path]

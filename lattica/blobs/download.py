@@ -36,7 +36,7 @@ from lattica_protocols.blobs.manifest import (
 )
 from lattica_protocols.cid import RAW
 from lattica_protocols.errors import ProtocolError, RemoteProtocolError
-from lattica_protocols.limits import MAX_OBJECT_BYTES
+from lattica_protocols.limits import CHUNK_BYTES, MAX_OBJECT_BYTES
 
 if TYPE_CHECKING:
     from lattica.host import Host
@@ -51,6 +51,8 @@ VERIFY_TASKS = 2
 """Threads that hash and write. One keeps up with 1.5 GB/s; the second covers for a write that the disk holds up."""
 VERIFY_BATCH = 4
 """Chunks a thread takes at a time when they have piled up: a hand-over costs about 0.1 ms."""
+BULK_APART_BYTES = 64 << 20
+"""A source of so much gets a connection set apart for it: its handshake is paid back, and calls do not wait so long."""
 PAUSE_CHUNKS = 12
 TICK = 0.1
 """Seconds between looks at the clock for the machine and between reports of progress."""
@@ -356,12 +358,12 @@ class Download:
         self._notify()
 
     async def _follow_paths(self) -> None:
-        """Leave relays behind: a source that is connected directly from now on is asked there."""
+        """Take sources to better connections: from a relay to a direct one, and to one set apart for bulk."""
         with self._env.host.subscribe() as events:
             async for event in events:
-                if isinstance(event, PeerConnected) and event.connection.path != "relay":
+                if isinstance(event, PeerConnected):
                     source = self._search.active.get(event.peer)
-                    if source is not None and source.path == "relay" and self._nursery is not None:
+                    if source is not None and source.gains_by(event.connection) and self._nursery is not None:
                         self._nursery.start_soon(self._search.replace, source, event.connection)
 
     async def _search_rounds(self) -> None:
@@ -390,6 +392,8 @@ class Download:
             return
         source.attached = True
         machine.add_source(source, source.have, trio.current_time())
+        if machine.chunks_left * CHUNK_BYTES >= BULK_APART_BYTES and self._nursery is not None:
+            self._nursery.start_soon(self._env.host.dial_for_bulk, source.peer)
         self._pump()
 
     def _reject(self, source: SourceStream, reason: str) -> None:
@@ -401,7 +405,7 @@ class Download:
     def _source_found(self, source: SourceStream) -> None:
         self._attach(source)
         best = self._env.host.connection(source.peer, "bulk")
-        if source.path == "relay" and best is not None and best.path != "relay" and self._nursery is not None:
+        if best is not None and source.gains_by(best) and self._nursery is not None:
             self._nursery.start_soon(self._search.replace, source, best)  # it came up while the source was asked
         self._notify()
 

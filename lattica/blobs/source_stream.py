@@ -27,7 +27,7 @@ from lattica_protocols.limits import CHUNK_BYTES
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from lattica.interfaces import Path, Stream
+    from lattica.interfaces import Connection, Stream
     from lattica_protocols.blobs.chunk_set import ChunkRange, ChunkSet
     from lattica_protocols.multihash import Multihash
     from lattica_protocols.peer_id import PeerId
@@ -81,7 +81,7 @@ class SourceStream:
         self.closed = False
         self.lost = False
         """It was closed because its connection is gone."""
-        self.path: Path = stream.connection.path
+        self.connection = stream.connection
         self.attached = False
         self.chunks_given = 0
         self._owner = owner
@@ -111,6 +111,13 @@ class SourceStream:
             if event.is_set() or not self._progressed:
                 break
         return result[0]
+
+    def gains_by(self, connection: Connection) -> bool:
+        """Whether this peer should rather be asked over `connection`."""
+        mine = self.connection
+        if mine.path == "relay":
+            return connection.path != "relay"
+        return mine.path == connection.path and connection.for_bulk and not mine.for_bulk
 
     def set_manifest(self, count: int, chunk_size: Callable[[int], int]) -> None:
         """The manifest is known. Raises `RemoteProtocolError` when it contradicts what the peer told."""

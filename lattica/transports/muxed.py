@@ -5,7 +5,7 @@ yamux parse it and hand the data on at once; then send, without a detour over th
 wrote meanwhile.
 
 Writing: whoever writes wakes the writing task, which runs when this scheduling turn is over. So everything
-written in one turn is gathered: small frames of all streams into one Noise message, up to four messages into
+written in one turn is gathered: small frames of all streams into one Noise message, up to three messages into
 one `send`. Who has gathered already sends without that detour (`send_now`). No more than one `send` is ever
 encrypted before the socket has room for it, so that a small call overtakes the bulk that is still in the queues
 of yamux.
@@ -51,13 +51,14 @@ from lattica_protocols.yamux_stream import YamuxStream
 
 logger = logging.getLogger(__name__)
 
-RECEIVE_BYTES: Final = 256 * 1024
+RECEIVE_BYTES: Final = 192 * 1024
 """Memory one read goes into. Fits into a core's L2 cache together with what it is copied to."""
-SEND_BYTES: Final = 4 * (MAX_MESSAGE + 2)
-"""Encrypted and not yet taken by the socket, at the most: 0.3 ms at 900 MB/s, which a small call may have to
+SEND_BYTES: Final = 3 * (MAX_MESSAGE + 2)
+"""Encrypted and not yet taken by the socket, at the most: 0.2 ms at 1 GB/s, which a small call may have to
 wait."""
-TURN_BYTES: Final = 512 * 1024
-"""Bytes that one direction of a connection moves before other tasks get their turn: about 1 ms of work."""
+TURN_BYTES: Final = 128 * 1024
+"""Bytes after which one direction of a connection lets other tasks have their turn: one read, or one send. The
+bulk of one connection keeps the calls of the others waiting for so long, twice on each side."""
 TURN_READS: Final = 16
 """The same for reads that bring little."""
 SATURATED_SECONDS: Final = 30.0

@@ -98,6 +98,7 @@ async def latency_during(node: Node, peer: PeerId, cid: str, dest: str) -> dict[
     loaded.sort()
     return {
         "idle_p99_seconds": idle["p99_seconds"],
+        "loaded_median_seconds": loaded[len(loaded) // 2],
         "loaded_p99_seconds": loaded[len(loaded) * 99 // 100],
         "loaded_calls": len(loaded),
         "fetch_bytes_per_second": result["bytes_per_second"],

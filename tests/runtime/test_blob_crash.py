@@ -54,7 +54,7 @@ def manifest_of(content: bytes) -> tuple[BlobManifest, Cid]:
 
 
 def test_kill_9_in_the_middle_of_a_fetch(run: Callable[..., Any], tmp_path: Path) -> None:
-    before_kill, total = 24, 64
+    before_kill, total = 24, 48
     source = tmp_path / "source.bin"
     source.write_bytes(random.Random(1).randbytes(total * CHUNK_BYTES))
     dest = tmp_path / "copy.bin"
