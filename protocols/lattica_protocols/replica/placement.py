@@ -11,6 +11,7 @@ their deletion ends the process. So each item has to stand where its type allows
     anywhere                    deleted content
     beside others               both in the same container and under the same key
     in a type                   not in a plain value, at most 64 types deep
+    in a list or text           between two that could be neighbours: `order.py`
 
 An item stands in the container that it names, else where the one stands that it is next to. The answer follows from
 the operation and its past alone.
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.limits import REPLICA_MAX_NESTING
+from lattica_protocols.replica.order import Run, is_gap
 from lattica_protocols.replica.update import Reference, read_content, read_text, read_uint
 
 if TYPE_CHECKING:
@@ -77,6 +79,8 @@ class Placed(NamedTuple):
     """What it is itself, when it is a type."""
     is_gone: bool
     """Deleted content: it may be a parent, and what is put into it is dropped."""
+    run: Run | None = None
+    """Its place in the order of a list or text; None in a map, and for what is dropped."""
 
 
 GONE = Placed(None, None, True)
@@ -181,16 +185,13 @@ def place_untrusted(struct: Struct, client: int, look: Callable[[Reference], Pla
     if struct.kind == 0:
         return GONE
     place: Place | None
-    beside = None
-    if struct.left is not None or struct.right is not None:
-        beside = look(struct.left or struct.right)  # type: ignore[arg-type]
+    left = None if struct.left is None else look(struct.left)
+    right = None if struct.right is None else look(struct.right)
+    beside = left or right
+    if beside is not None:
         place = beside.place
-        if struct.left is not None and struct.right is not None:
-            other = look(struct.right)
-            if other.place != place:
-                raise RemoteProtocolError("an item between two that stand in different containers")
-            if other is beside and place is not None and struct.left >= struct.right:  # within one run
-                raise RemoteProtocolError("an item between two that stand the other way round")
+        if left is not None and right is not None and right.place != place:
+            raise RemoteProtocolError("an item between two that stand in different containers")
     elif isinstance(struct.parent, str):
         place = Place(Container(_KIND_OF[struct.parent[0]], 0, struct.parent), struct.key)
     else:
@@ -208,14 +209,26 @@ def place_untrusted(struct: Struct, client: int, look: Callable[[Reference], Pla
         raise RemoteProtocolError("a value under a key that stands before another")
     if container.kind == _MAP and struct.length > 1 and struct.kind != _DELETED:
         raise RemoteProtocolError("several values under one key")
+    run = None if container.kind == _MAP else _run_untrusted(struct, client, left, right)
     if struct.kind != _TYPE:
         gone = struct.kind == _DELETED
         if container.kind == _MAP and beside is not None and beside.holds is None and beside.is_gone == gone:
             return beside  # what overwrites a key shares the answer
-        return Placed(place, None, gone)
+        return Placed(place, None, gone, run)
     if container.level >= REPLICA_MAX_NESTING:
         raise RemoteProtocolError(f"values are nested more than {REPLICA_MAX_NESTING} deep")
-    return Placed(place, Container(struct.type_number, container.level + 1, (client, struct.clock)), False)
+    return Placed(place, Container(struct.type_number, container.level + 1, (client, struct.clock)), False, run)
+
+
+def _run_untrusted(struct: Struct, client: int, left: Placed | None, right: Placed | None) -> Run:
+    """The run that an item of a list or text begins. Raises `RemoteProtocolError` when its origins are no neighbours in
+    anybody's list."""
+    above = None if left is None else left.run
+    at = 0 if struct.left is None else struct.left[1]
+    after = None if right is None or right.run is None or struct.right is None else (right.run, struct.right[1])
+    if after is not None and not is_gap(None if above is None else (above, at), after):
+        raise RemoteProtocolError("an item between two that were never neighbours")
+    return Run(client, struct.clock, above, at)
 
 
 def read_struct(data: bytes, at: int, clock: int) -> tuple[Struct, int]:
