@@ -171,7 +171,7 @@ def test_lists_that_grow_in_any_order_are_taken() -> None:
     late = members[1].graph.counted()[-1].op
     deliver(members[0], late)
     deliver(reader, *[entry.op for entry in members[0].graph.counted()])
-    deliver(members[1], members[0].graph.counted()[-2].op)
+    deliver(members[1], *[entry.op for entry in members[0].graph.counted()])
     assert reader.value() == members[0].value() == members[1].value()
     assert reader.verify().ok
 
