@@ -110,10 +110,14 @@ class Contradictory:
         return out
 
 
-def play(rng: random.Random, rounds: int = 14, forks: float = 0.03) -> tuple[Genesis, list[Operation]]:
-    """Operations that writers signed, those that are refused among them, in an order in which they can be taken."""
+def play(
+    rng: random.Random, rounds: int = 14, forks: float = 0.03, instance: int | None = None
+) -> tuple[Genesis, list[Operation]]:
+    """Operations that writers signed, those that are refused among them, in an order in which they can be taken.
+    Random instances give each writer another client id."""
     space = genesis(WRITERS)
-    members = [member(number, space, instance=rng.getrandbits(32)) for number in range(1, WRITERS + 1)]
+    instances = [rng.getrandbits(32) if instance is None else instance for _ in range(WRITERS)]
+    members = [member(number, space, instances[number - 1]) for number in range(1, WRITERS + 1)]
     hand = Contradictory(rng)
     made: list[Operation] = []
     for _ in range(rounds):
