@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
+
 def loaded_by(statement: str) -> set[str]:
     code = f"import json, sys; {statement}; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

@@ -1,7 +1,7 @@
 """Puts the figures of a run where readers look: a table into the README, a chart beside this file.
 
-    python tests/bench/run.py --json figures.json
-    python tests/bench/publish.py figures.json
+python tests/bench/run.py --json figures.json
+python tests/bench/publish.py figures.json
 """
 
 from __future__ import annotations

@@ -10,19 +10,24 @@ from fuzz_machines import Driver, Transcript
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
-from replica_members import NOW, deliver, forged, key_of, put, update_of
+from replica_byzantine import WRITERS, hand_over, judge, play
+from replica_members import NOW, deliver, forged, genesis, key_of, member, put, update_of
 
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.replica.checkpoint import Checkpoint
 from lattica_protocols.replica.genesis import Genesis
+from lattica_protocols.replica.graph import Graph, client_id
 from lattica_protocols.replica.messages import Kind, encode_message
 from lattica_protocols.replica.operation import Kind as Change
-from lattica_protocols.replica.placement import places_of_state_untrusted
+from lattica_protocols.replica.operation import Operation
+from lattica_protocols.replica.placement import Placement, places_of_state_untrusted
 from lattica_protocols.replica.presence import Presence
 from lattica_protocols.replica.proof import make_proof, verify_proof_untrusted
 from lattica_protocols.replica.proposal import Proposals
 from lattica_protocols.replica.replica import Replica
 from lattica_protocols.replica.sync import ReplicaSync
+from lattica_protocols.replica.update import parse_update_untrusted
+from lattica_protocols.varint import encode_uvarint
 
 KEYS = [key_of(number).public_key.data for number in range(4)]
 SPACE = Genesis.create(KEYS[0], "fuzzed", bytes(16), KEYS[1:], 2, KEYS[1:])
@@ -114,4 +119,48 @@ class Shown(Driver):
                     continue
 
 
-DRIVERS: list[Driver] = [Neighbours(), Shown()]
+class Writers(Driver):
+    """Writers with keys: each part is what one of them signs, on top of some of what was signed before it."""
+
+    name = "replica.Placement"
+    covers = (Placement, Graph)
+    MAX_PARTS = 16
+
+    def seeds(self) -> list[Transcript]:
+        """A part: which writer, whether it has all before, number of items, items and deletions."""
+        out = []
+        for number in range(6):
+            _, made = play(random.Random(number), forks=0.0, instance=7)
+            out.append(tuple(self._part(op, number + at) for at, op in enumerate(made) if op.body))
+        return out
+
+    @staticmethod
+    def _part(op: Operation, number: int) -> bytes:
+        author = [key_of(each).public_key.data for each in range(WRITERS + 1)].index(op.author)
+        parsed = parse_update_untrusted(op.body)
+        has_items = parsed.end > parsed.start
+        head = b"\1" + op.body[1:2] + parsed.client_bytes + encode_uvarint(parsed.start) if has_items else b"\0"
+        assert op.body.startswith(head)
+        return bytes([author, number % 3 != 0, op.body[1] if has_items else 0]) + op.body[len(head) :]
+
+    def run(self, parts: list[bytes], rng: random.Random) -> None:
+        space = genesis(WRITERS)
+        members = [member(number, space) for number in range(1, WRITERS + 1)]
+        made: list[Operation] = []
+        for part in parts[: self.MAX_PARTS]:
+            if len(part) < 3:
+                continue
+            author = members[part[0] % WRITERS - 1]
+            assert author.key is not None
+            if part[1] % 2:
+                hand_over(author, *made)
+            chain = (author.key.public_key.data, author.instance)
+            tip = author.graph.tip(chain)
+            head = encode_uvarint(client_id(*chain)) + encode_uvarint(0 if tip is None else tip.end)
+            op = forged(author, (b"\1" + encode_uvarint(part[2]) + head if part[2] else b"\0") + part[3:])
+            made.append(op)
+            hand_over(author, op)
+        judge(space, made, rng, orders=2)
+
+
+DRIVERS: list[Driver] = [Neighbours(), Shown(), Writers()]

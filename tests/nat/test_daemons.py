@@ -47,9 +47,7 @@ def daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str
     relays: list[LabDaemon] = []
     for i in range(RELAYS):
         known = [part for relay in relays for part in ("--bootstrap", relay.address())]
-        relays.append(
-            LabDaemon(lab.public_host(), folder / f"relay{i}", "--relay", *known, listen=tuple(listen))
-        )
+        relays.append(LabDaemon(lab.public_host(), folder / f"relay{i}", "--relay", *known, listen=tuple(listen)))
     bootstrap = [part for relay in relays for part in ("--bootstrap", relay.address())]
     hosts = {(kind, i): lab.host_behind(kind) for kind in KINDS for i in range(2)}
     running = {}

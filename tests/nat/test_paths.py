@@ -200,5 +200,3 @@ async def until(condition: Callable[[], object], seconds: float, *daemons: LabDa
         assert time.monotonic() - started < seconds, "".join(each.process.log()[-20_000:] for each in daemons)
         await trio.sleep(0.05)
     return time.monotonic() - started
-
-

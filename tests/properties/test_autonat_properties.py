@@ -203,9 +203,7 @@ def test_version_1_only_about_oneself() -> None:
 
 # -- what is believed --------------------------------------------------------------------------------------------
 def servers(count: int, *, same_range: bool = False) -> dict[PeerId, IpAddress]:
-    return {
-        PEERS[i]: ipaddress.ip_address(f"198.18.{5 if same_range else i}.{i + 1}") for i in range(count)
-    }
+    return {PEERS[i]: ipaddress.ip_address(f"198.18.{5 if same_range else i}.{i + 1}") for i in range(count)}
 
 
 def ask_for(tracker: ReachTracker, until: float, answers: dict[PeerId, Outcome], start: float = 0.0) -> int:

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from pycrdt import Doc
+from replica_byzantine import judge, play
 from replica_members import NOW, deliver, forged, genesis, member, put, update_of
 
 from lattica.replica.space import Space
@@ -136,6 +137,14 @@ def test_a_members_garbage_leaves_all_replicas_equal(value: int, data: bytes) ->
             seen.append(str(error))
         assert replica.verify().document_equal
     assert seen[0] == seen[1]
+
+
+@given(seed=st.integers(0, 2**32), rounds=st.integers(2, 24), forks=st.sampled_from([0.0, 0.05, 0.3]))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_contradictory_writers_leave_one_document_for_one_root(seed: int, rounds: int, forks: float) -> None:
+    """Whatever they name as neighbours, in whatever order it comes: through restarts, loaded states and checkpoints."""
+    rng = random.Random(seed)
+    judge(*play(rng, rounds, forks), rng)
 
 
 @given(st.lists(st.binary(min_size=32, max_size=32), min_size=1, max_size=60, unique=True), st.randoms())

@@ -526,5 +526,3 @@ def test_slow_loris(attack: Callable[..., None]) -> None:
         await muxed.stream.aclose()
 
     attack(attacker)
-
-

@@ -88,6 +88,28 @@ def test_the_commands(pair: tuple[Process, Process], folder: Path) -> None:
     assert len(nobody.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("value", ['"' + "x" * 300_000 + '"', "[" + "[]," * 40_000 + "1]", '"' + "x" * 3_000_000 + '"'])
+def test_a_value_over_the_limit_of_an_operation_is_one_clear_line(folder: Path, value: str) -> None:
+    process = Process(folder / "one")
+    try:
+        process.start()
+        space = process.json("space", "create", "roster")["space"]
+        root = process.json("space", "root", space)
+        refused = process.cli("space", "set", space, "big", value)
+        assert refused.returncode not in (0, None)
+        assert len(refused.stderr.strip().splitlines()) == 1
+        assert "over the limit of 262144: share a blob and write its content id" in refused.stderr
+        assert len(refused.stderr) < 300
+        assert process.json("space", "root", space) == root
+        # What is large in another way, thousands of items, is no error: it becomes several operations.
+        lists = json.loads("[" + "[]," * 9_000 + "1]")
+        process.json("space", "set", space, "lists", json.dumps(lists))
+        assert process.json("space", "get", space, "lists")["value"] == lists
+        assert len(process.json("space", "log", space)) == 3
+    finally:
+        process.stop()
+
+
 def test_the_sync_client_reads_like_a_dict(pair: tuple[Process, Process]) -> None:
     one, two = pair
     with lattica.connect(one.home) as a, lattica.connect(two.home) as b:

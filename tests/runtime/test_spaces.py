@@ -125,9 +125,7 @@ def test_changes_are_watched(run, tmp_path: Path) -> None:
     run(main)
 
 
-def test_neighbours_go_on_after_their_path_was_lost(
-    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_neighbours_go_on_after_their_path_was_lost(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service, "SEARCH_PAUSES", (600.0, 600.0))
     monkeypatch.setattr(node, "BOOTSTRAP_RETRY", (600.0, 600.0))  # nothing else brings them together again
 

@@ -9,18 +9,22 @@ from pycrdt import Doc, Map
 from replica_network import UNIX, Member, Network
 from replica_updates import some_update
 
+from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.keys import PrivateKey
 from lattica_protocols.limits import REPLICA_MAX_UPDATE_BYTES
 from lattica_protocols.replica.graph import client_id
 from lattica_protocols.replica.messages import Kind as MessageKind
 from lattica_protocols.replica.messages import encode_message
 from lattica_protocols.replica.operation import Kind, Operation
+from lattica_protocols.replica.placement import places_of_state_untrusted
+from lattica_protocols.varint import encode_uvarint
 
 
 def cheat(network: Network, member: Member) -> None:
-    """One thing that no honest member would do."""
+    """One thing that no honest member would do. Every other cheater only contradicts: the rest of what they do gets
+    them excluded."""
     rng = network.rng
-    way = rng.choice(WAYS)
+    way = contradict if member.number % 2 == 0 else rng.choice(WAYS)
     if not member.neighbours:
         return
     for target, ops in way(network, member, rng):
@@ -100,6 +104,36 @@ def write_by_hand(network: Network, member: Member, rng: random.Random) -> Sent:
     return [(target, [_next(network, member, body)]) for target in member.neighbours]
 
 
+def contradict(network: Network, member: Member, rng: random.Random) -> Sent:
+    """Items between any two of a list or text: the wrong way round, far apart, or such as an honest member could."""
+    replica = member.replica
+    beside: dict[str, list[tuple[int, int]]] = {"l:items": [], "t:notes": []}
+    for client, table in places_of_state_untrusted(replica.doc.get_update()).items():
+        for clock, placed in zip(table.clocks, table.placed, strict=True):
+            if placed.place is not None and placed.place.container.name in beside:
+                beside[placed.place.container.name].append((client, clock))  # type: ignore[index]
+    tip = replica.graph.tip((member.key.public_key.data, replica.instance))
+    client, start = client_id(member.key.public_key.data, replica.instance), tip.end if tip else 0
+    items = b""
+    count = rng.randrange(1, 4)
+    for clock in range(start, start + count):
+        name = rng.choice(list(beside))
+        info, place = 8 if name[0] == "l" else 4, b""
+        for bit in (0x80, 0x40):
+            if beside[name] and rng.random() < 0.6:
+                info |= bit
+                place += b"".join(map(encode_uvarint, rng.choice(beside[name])))
+        beside[name].append((client, clock))
+        place = place or b"\1" + encode_uvarint(len(name)) + name.encode()
+        items += bytes([info]) + place + (b"\1\x7d\1" if name[0] == "l" else b"\1!")
+    op = _next(network, member, b"\1" + b"".join(map(encode_uvarint, (count, client, start))) + items + b"\0")
+    try:
+        replica.receive_operation(Operation.decode_untrusted(op.encoded, network.genesis.id), UNIX + network.now)
+    except RemoteProtocolError:
+        pass  # it goes out all the same
+    return [(target, [op]) for target in member.neighbours]
+
+
 def pretend_a_checkpoint(network: Network, member: Member, rng: random.Random) -> Sent:
     """A rank above all others, garbage for whoever asks for it, and garbage under the id of a good one."""
     good = network.members[0].replica.rank()[2]
@@ -176,6 +210,7 @@ WAYS = [
     withhold_for_a_while,
     write_by_hand,
     write_by_hand,
+    contradict,
     pretend_a_checkpoint,
     fork_earlier_and_earlier,
     grant_without_right,

@@ -13,10 +13,12 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "unit"))
 
+from pycrdt import Doc
 from replica_cheats import cheat
 from replica_network import EDIT_SECONDS, SETTLE_SECONDS, UNIX, Network, grant
 
 from lattica_protocols.replica.operation import Kind
+from lattica_protocols.replica.plain import document_value
 
 
 def run(seed: int, size: int = 50, edits: int = 120) -> dict[str, float]:
@@ -57,6 +59,10 @@ def run(seed: int, size: int = 50, edits: int = 120) -> dict[str, float]:
     assert agreed, f"seed {seed}, size {size}: {len({r.root() for r in replicas})} roots after {network.now:.0f} s"
     values = [replica.value() for replica in replicas]
     assert all(value == values[0] for value in values), f"seed {seed}, size {size}: equal roots, different documents"
+    for replica in replicas:
+        copy = Doc[object]()
+        copy.apply_update(replica.doc.get_update())
+        assert document_value(copy) == values[0], f"seed {seed}, size {size}: another document after a restart"
     verified = replicas[-1].verify()
     assert verified.ok, f"seed {seed}, size {size}: {verified}"
     return {

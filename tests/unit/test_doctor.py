@@ -27,9 +27,7 @@ HOME = NatBehaviour(EIM, APDF, Allocation(Ports.PRESERVED), mapped=("1.2.3.4", 4
 SYMMETRIC = NatBehaviour(APDM, APDF, Allocation(Ports.RANDOM), public_ip="1.2.3.4")
 OPEN = NatBehaviour(Mapping.NONE, EIF, Allocation(Ports.PRESERVED), mapped=("1.2.3.4", 4101))
 BLOCKED = NatBehaviour(udp_blocked=True, evidence=("no observer answered",))
-LISTENING = tuple(
-    Multiaddr.parse(text) for text in ("/ip4/192.168.1.5/tcp/4101", "/ip4/192.168.1.5/udp/4101/quic-v1")
-)
+LISTENING = tuple(Multiaddr.parse(text) for text in ("/ip4/192.168.1.5/tcp/4101", "/ip4/192.168.1.5/udp/4101/quic-v1"))
 PEER = str(PeerId.from_public_key(PrivateKey.generate(bytes(32)).public_key))
 
 
@@ -147,7 +145,6 @@ def test_nobody_to_ask_is_a_problem() -> None:
 
 # -- one peer ----------------------------------------------------------------------------------------------------------
 RELAYED = link("relay", f"/ip4/9.9.9.1/tcp/443/p2p/{PEER}/p2p-circuit")
-
 
 
 def test_what_others_tried_counts_more_than_what_the_nat_looks_like() -> None:

@@ -70,6 +70,17 @@ WRONG = {
     "a value that stands before another of its key": update(named(8, "m:data", VALUE, "a"), beside(8, VALUE, None, 0)),
     "an item between two in the wrong order": update(named(8, "l:x", b"\3\x7e\x7e\x7e"), beside(8, VALUE, 2, 1)),
     "an item before and behind the same one": update(named(8, "l:x", VALUE), beside(8, VALUE, 0, 0)),
+    "an item whose right neighbour is above its left one": update(
+        named(8, "l:x", VALUE), beside(8, VALUE, 0), beside(8, VALUE, 1, 0)
+    ),
+    "an item between two of a run with one between": update(named(8, "l:x", b"\3\x7e\x7e\x7e"), beside(8, VALUE, 0, 2)),
+    "an item between two of a text with one between": update(named(4, "t:x", b"\3abc"), beside(4, WORD, 0, 2)),
+    "an item at the start before one that hangs below another": update(
+        named(8, "l:x", VALUE), beside(8, VALUE, 0), beside(8, VALUE, None, 1)
+    ),
+    "an item before one that hangs below an item between": update(
+        named(8, "l:x", VALUE), beside(8, VALUE, 0), beside(8, VALUE, 1), beside(8, VALUE, 0, 2)
+    ),
     "types nested too deep": nested(0, REPLICA_MAX_NESTING + 1),
     "too many items": update(*[named(8, "l:x", VALUE)] * (REPLICA_MAX_STRUCTS + 1)),
     "deletions that overlap": update(
@@ -160,7 +171,7 @@ def test_lists_that_grow_in_any_order_are_taken() -> None:
     late = members[1].graph.counted()[-1].op
     deliver(members[0], late)
     deliver(reader, *[entry.op for entry in members[0].graph.counted()])
-    deliver(members[1], members[0].graph.counted()[-2].op)
+    deliver(members[1], *[entry.op for entry in members[0].graph.counted()])
     assert reader.value() == members[0].value() == members[1].value()
     assert reader.verify().ok
 

@@ -1,8 +1,8 @@
 """Whom a server dials, and how often: it must be of no use for attacking or scanning others.
 
-    dial_reason(addr, observed, own)     None: may be dialled for a client seen at `observed`, else why not
-    budget.take(peer, observed, now)     whether one more request is served
-    budget.take_data(now)                whether one more dial to another IP address than the client's is made
+dial_reason(addr, observed, own)     None: may be dialled for a client seen at `observed`, else why not
+budget.take(peer, observed, now)     whether one more request is served
+budget.take_data(now)                whether one more dial to another IP address than the client's is made
 """
 
 from __future__ import annotations

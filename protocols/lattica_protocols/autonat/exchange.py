@@ -1,16 +1,16 @@
 """The two sides of one version 2 request; `messages.py` has the order of messages.
 
-    served = ServedRequest(may_dial, may_take_data, observed, rng)
-    served.receive_untrusted(message)
-    served.poll_transmit()            a message to send, without its length prefix
-    served.dial                       set when it is time to dial
-    served.dialled(status)            how that went
-    served.finished                   after the last message was taken by poll_transmit
+served = ServedRequest(may_dial, may_take_data, observed, rng)
+served.receive_untrusted(message)
+served.poll_transmit()            a message to send, without its length prefix
+served.dial                       set when it is time to dial
+served.dialled(status)            how that went
+served.finished                   after the last message was taken by poll_transmit
 
-    asked = AskedRequest(addr, nonce)
-    asked.receive_untrusted(message)
-    asked.poll_transmit()             as above; the data is made as it is taken
-    asked.answer                      set by the server's answer
+asked = AskedRequest(addr, nonce)
+asked.receive_untrusted(message)
+asked.poll_transmit()             as above; the data is made as it is taken
+asked.answer                      set by the server's answer
 """
 
 from __future__ import annotations
@@ -129,9 +129,7 @@ class ServedRequest:
             self._answer(ResponseStatus.REJECTED)
         else:
             self._data_due = self._rng.randint(limits.AUTONAT_MIN_DIAL_DATA, limits.AUTONAT_MAX_DIAL_DATA)
-            self._out.append(
-                AutonatMessage(data_request=DialDataRequest(addr_index=index, num_bytes=self._data_due))
-            )
+            self._out.append(AutonatMessage(data_request=DialDataRequest(addr_index=index, num_bytes=self._data_due)))
 
     def _paid(self, size: int) -> None:
         left = self._data_due - self.received_bytes

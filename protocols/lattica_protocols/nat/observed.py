@@ -117,9 +117,7 @@ class ObservedAddrs:
                     voices[voice] = observation
         weights: dict[Multiaddr, list[int]] = {}
         for observation in voices.values():
-            weights.setdefault(observation.seen, []).append(
-                OUTBOUND_WEIGHT if observation.outbound else INBOUND_WEIGHT
-            )
+            weights.setdefault(observation.seen, []).append(OUTBOUND_WEIGHT if observation.outbound else INBOUND_WEIGHT)
         found = [Confirmed(addr, listen, sum(each), len(each)) for addr, each in weights.items()]
         return sorted(found, key=lambda c: -c.weight)
 

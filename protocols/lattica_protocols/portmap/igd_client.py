@@ -336,9 +336,7 @@ class IgdClient:
         self._call("GetSpecificPortMappingEntry", arguments, answered, failed)
 
     # -- calls ------------------------------------------------------------------------------------------------------
-    def _call(
-        self, action: str, arguments: list[tuple[str, str]], then: Then, failed: Callable[[str], None]
-    ) -> None:
+    def _call(self, action: str, arguments: list[tuple[str, str]], then: Then, failed: Callable[[str], None]) -> None:
         if self._service is None:
             failed("the router's service is not known any more")
             return

@@ -1,7 +1,7 @@
 """When each port has to be asked for: at once, at half of its lifetime, again after a refusal or a restart.
 
-    ASKED --granted--> HELD --half of the lifetime--> due again --> ASKED …
-      |--refused / no answer--> due again later; a lease that is held goes on until it expires
+ASKED --granted--> HELD --half of the lifetime--> due again --> ASKED …
+  |--refused / no answer--> due again later; a lease that is held goes on until it expires
 """
 
 from __future__ import annotations
@@ -96,9 +96,7 @@ class LeaseTable:
         for entry in self._entries.values():
             if entry.lease is not None:
                 old = entry.lease
-                entry.lease = Lease(
-                    old.port, external_ip, old.external_port, old.lifetime, old.granted_at, old.via
-                )
+                entry.lease = Lease(old.port, external_ip, old.external_port, old.lifetime, old.granted_at, old.via)
 
     def restarted(self, now: float, answering: Port | None = None) -> None:
         """The router forgot everything: ask for all of it again, what is being asked for as well when it is answered:

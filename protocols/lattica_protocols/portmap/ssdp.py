@@ -1,7 +1,7 @@
 """SSDP: asking who in the local network is an internet gateway (UPnP Device Architecture 1.1, section 1.3).
 
-    M-SEARCH * HTTP/1.1             to 239.255.255.250:1900, and to the router's own port 1900
-    HTTP/1.1 200 OK                 from the router: ST says what it is, LOCATION where its description is
+M-SEARCH * HTTP/1.1             to 239.255.255.250:1900, and to the router's own port 1900
+HTTP/1.1 200 OK                 from the router: ST says what it is, LOCATION where its description is
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def encode_searches(host: str, port: int) -> list[bytes]:
     """One for each kind of device, to be sent to `host:port`."""
     return [
         (
-            f"M-SEARCH * HTTP/1.1\r\nHOST: {host}:{port}\r\nMAN: \"ssdp:discover\"\r\n"
+            f'M-SEARCH * HTTP/1.1\r\nHOST: {host}:{port}\r\nMAN: "ssdp:discover"\r\n'
             f"MX: {_WAIT_SECONDS}\r\nST: {device}\r\nUSER-AGENT: {AGENT}\r\n\r\n"
         ).encode("ascii")
         for device in _DEVICES

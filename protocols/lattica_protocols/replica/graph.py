@@ -25,8 +25,10 @@ from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.limits import (
     REPLICA_MAX_ADMIN_OPERATIONS,
     REPLICA_MAX_CLOCK_SKEW,
+    REPLICA_MAX_CUTS,
     REPLICA_MAX_INSTANCES,
     REPLICA_MAX_LIMBO,
+    REPLICA_MAX_UPDATE_BYTES,
     REPLICA_MAX_WRITERS,
 )
 from lattica_protocols.replica.errors import MissingParents, NotYet, Refused
@@ -34,7 +36,7 @@ from lattica_protocols.replica.floor import Floor
 from lattica_protocols.replica.membership import Membership, MembershipTable
 from lattica_protocols.replica.operation import Kind, Operation
 from lattica_protocols.replica.placement import Find, Placement, Places
-from lattica_protocols.replica.update import ParsedUpdate, Piece, Reference, parse_update_untrusted
+from lattica_protocols.replica.update import ParsedUpdate, Piece, Reference, TooMuch, parse_update_untrusted
 
 Chain = tuple[bytes, int]
 """Author and instance."""
@@ -248,7 +250,9 @@ class Graph:
             parsed = self._check_update(op, branch, start, past)
             if parsed.end > parsed.start:
                 entry.end = parsed.end
-                entry.places = self._check_places(op.body, past)
+                entry.places = self._check_places(op.body, past, parsed.deletions)
+            elif len(parsed.deletions) > REPLICA_MAX_CUTS:
+                self._check_places(op.body, past, parsed.deletions)
         return self._insert(entry, past)
 
     def _previous(self, op: Operation) -> tuple[Entry | None, int]:
@@ -356,15 +360,28 @@ class Graph:
                 self._resolve(client, clock, length, past)
         return parsed
 
-    def _check_places(self, body: bytes, past: Past) -> Places:
+    def _check_places(self, body: bytes, past: Past, deletions: Sequence[Piece]) -> Places:
         try:
-            return self.placement.check_untrusted(body, lambda client, clock: self._find(client, clock, past))
+            return self.placement.check_untrusted(
+                body, lambda client, clock: self._find(client, clock, past), deletions
+            )
         except RemoteProtocolError as error:
             raise Refused(str(error)) from None
 
-    def check_own(self, body: bytes) -> Places:
-        """Whether an update that was made on our document stands where it may. Raises `RemoteProtocolError`."""
-        return self.placement.check_untrusted(body, lambda client, clock: self._find(client, clock, None))
+    def check_own(self, body: bytes) -> list[tuple[bytes, ParsedUpdate]]:
+        """Whether an update that was made on our document stands where it may: it, or several that together do the
+        same when it is too much work for one operation. Raises `RemoteProtocolError`."""
+        try:
+            parsed = parse_update_untrusted(body)
+            self.placement.check_untrusted(body, self._find_own, parsed.deletions)
+            return [(body, parsed)]
+        except TooMuch:
+            deletions = parse_update_untrusted(body, max_structs=REPLICA_MAX_UPDATE_BYTES).deletions
+            parts = self.placement.cut(body, self._find_own, deletions)
+            return [(part, parse_update_untrusted(part)) for part in parts]
+
+    def _find_own(self, client: int, clock: int) -> Entry | Reference:
+        return self._find(client, clock, None)
 
     def _find_from(self, entry: Entry) -> Find:
         past: Past | None = None

@@ -11,6 +11,7 @@ their deletion ends the process. So each item has to stand where its type allows
     anywhere                    deleted content
     beside others               both in the same container and under the same key
     in a type                   not in a plain value, at most 64 types deep
+    in a list or text           between two that could be neighbours: `order.py`
 
 An item stands in the container that it names, else where the one stands that it is next to. The answer follows from
 the operation and its past alone.
@@ -19,12 +20,27 @@ the operation and its past alone.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lattica_protocols.errors import RemoteProtocolError
-from lattica_protocols.limits import REPLICA_MAX_NESTING
-from lattica_protocols.replica.update import Reference, read_content, read_text, read_uint
+from lattica_protocols.limits import (
+    REPLICA_MAX_CUTS,
+    REPLICA_MAX_NESTING,
+    REPLICA_MAX_PLACES,
+    REPLICA_MAX_STRUCTS,
+)
+from lattica_protocols.replica.order import Run, is_gap
+from lattica_protocols.replica.update import (
+    Piece,
+    Reference,
+    TooMuch,
+    deletions_only,
+    read_content,
+    read_text,
+    read_uint,
+)
+from lattica_protocols.varint import encode_uvarint
 
 if TYPE_CHECKING:
     from lattica_protocols.replica.graph import Entry
@@ -77,6 +93,8 @@ class Placed(NamedTuple):
     """What it is itself, when it is a type."""
     is_gone: bool
     """Deleted content: it may be a parent, and what is put into it is dropped."""
+    run: Run | None = None
+    """Its place in the order of a list or text; None in a map, and for what is dropped."""
 
 
 GONE = Placed(None, None, True)
@@ -104,6 +122,47 @@ Find = Callable[[int, int], Any]
 in the state (a `Reference`)."""
 
 
+class Work:
+    """How often yrs has to look for the place of an item of one update, or how many items it has.
+
+    yrs puts an item behind its left origin and then walks over what others put there: over a whole list at worst. It
+    need not where the left origin is new itself: for an item that goes on behind the last one that the update put into
+    the same list or under the same key, and for the first one in a list that the update made. For the first one under
+    a key it walks over what was written under that key, so over each item of a map once at most.
+    """
+
+    __slots__ = ("client", "items", "last", "places", "start")
+
+    def __init__(self, client: int, start: int) -> None:
+        self.client = client
+        self.start = start
+        self.items = self.places = 0
+        self.last: dict[Place, int] = {}
+
+    def fits(self, struct: Struct, placed: Placed) -> bool:
+        """Count an item; False when it is one too many."""
+        self.items += 1
+        place = placed.place
+        if place is None:
+            return self.items <= REPLICA_MAX_STRUCTS
+        last = self.last.get(place)
+        self.last[place] = struct.clock + struct.length - 1
+        if last is None:
+            name = place.container.name
+            made = isinstance(name, tuple) and name[0] == self.client and name[1] >= self.start
+            free = placed.run is None or made
+        else:
+            free = struct.left == (self.client, last)
+        self.places += not free
+        return self.places <= REPLICA_MAX_PLACES and self.items <= REPLICA_MAX_STRUCTS
+
+    def too_much(self) -> TooMuch:
+        """Why it does not fit."""
+        if self.items > REPLICA_MAX_STRUCTS:
+            return TooMuch(f"an update of more than {REPLICA_MAX_STRUCTS} items")
+        return TooMuch(f"an update that puts items into lists or texts at more than {REPLICA_MAX_PLACES} places")
+
+
 class _Unknown(Exception):
     """The table of an operation is needed first."""
 
@@ -122,58 +181,144 @@ class Placement:
         self._find_from = find_from
         self._floor: dict[int, Table] | None = None
 
-    def check_untrusted(self, body: bytes, find: Find) -> Places:
+    def check_untrusted(self, body: bytes, find: Find, deletions: Sequence[Piece] = ()) -> Places:
         """Where the items of a parsed update stand, for `Entry.places`. Raises `RemoteProtocolError` when one stands
-        where it may not."""
+        where it may not, and `TooMuch` when the update is too much work for yrs."""
+        placing = _Placing(body, find, self._floor_at)
         while True:
             try:
-                return self._place(body, find)
+                places = placing.run()
+                if len(deletions) > REPLICA_MAX_CUTS:
+                    placing.count_cuts(deletions)
+                    if sum(placing.cutting) > REPLICA_MAX_CUTS:
+                        raise TooMuch(
+                            f"an update that deletes at more than {REPLICA_MAX_CUTS} places of lists or texts"
+                        )
+                return places
+            except _Unknown as unknown:
+                self._learn(unknown.entry)
+
+    def cut(self, body: bytes, find: Find, deletions: Sequence[Piece]) -> list[bytes]:
+        """An update of ours as several, none of which is too much work. Raises `RemoteProtocolError` when an item
+        stands where it may not."""
+        placing = _Placing(body, find, self._floor_at, may_cut=True)
+        while True:
+            try:
+                placing.run()
+                placing.count_cuts(deletions)
+                return placing.parts() + placing.deletion_parts(deletions)
             except _Unknown as unknown:
                 self._learn(unknown.entry)
 
     def _learn(self, entry: Entry) -> None:
         """Fill in the table of an operation and of all that leads to it. No recursion: the way may be long."""
-        stack = [entry]
+        stack = [(entry, _Placing(entry.op.body, self._find_from(entry), self._floor_at))]
         while stack:
-            entry = stack[-1]
+            entry, placing = stack[-1]
             try:
                 if entry.places is None:
-                    entry.places = self._place(entry.op.body, self._find_from(entry))
+                    entry.places = placing.run()
                 stack.pop()
             except _Unknown as unknown:
-                stack.append(unknown.entry)
+                entry = unknown.entry
+                stack.append((entry, _Placing(entry.op.body, self._find_from(entry), self._floor_at)))
 
-    def _place(self, body: bytes, find: Find) -> Places:
-        table = Table()
+    def _floor_at(self, name: Reference) -> Placed:
+        """An item of the checkpoint's document."""
+        if self._floor is None:
+            self._floor = places_of_state_untrusted(self._state)
+        floor = self._floor.get(name[0])
+        return GONE if floor is None else floor.at(name[1])
+
+
+class _Placing:
+    """The items of an update, placed one after the other. After `_Unknown` it goes on where it stopped."""
+
+    def __init__(self, body: bytes, find: Find, floor_at: Callable[[Reference], Placed], may_cut: bool = False) -> None:
+        self.body = body
+        self.find = find
+        self.floor_at = floor_at
+        self.may_cut = may_cut
+        self.cuts: list[tuple[int, int, int]] = []
+        """Where parts begin: offset, clock, items before."""
+        self.cutting: list[bool] = []
+        self.table = Table()
+        self.count = self.client = self.clock = self.start = 0
         sections, at = read_uint(body, 0)
-        if not sections:
-            return table
-        count, at = read_uint(body, at)
-        client, at = read_uint(body, at)
-        clock, at = read_uint(body, at)
-        start = clock
+        if sections:
+            self.count, at = read_uint(body, at)
+            self.client, at = read_uint(body, at)
+            self.clock, at = read_uint(body, at)
+            self.start = self.clock
+        self.at = at
+        self.work = Work(self.client, self.start)
 
-        def look(named: Reference) -> Placed:
-            if named[0] == client and named[1] >= start:
-                return table.at(named[1])
-            found = find(*named)
-            if not isinstance(found, tuple):
-                known = found.places
-                if known is None:
-                    raise _Unknown(found)
-                return known if type(known) is Placed else known.at(named[1])
-            if self._floor is None:
-                self._floor = places_of_state_untrusted(self._state)
-            floor = self._floor.get(found[0])
-            return GONE if floor is None else floor.at(found[1])
+    def look(self, named: Reference) -> Placed:
+        client, clock = named
+        if client == self.client and clock >= self.start and self.count:
+            return self.table.at(clock)
+        found = self.find(client, clock)
+        if isinstance(found, tuple):
+            return self.floor_at(found)
+        known = found.places
+        if known is None:
+            raise _Unknown(found)
+        return known if type(known) is Placed else known.at(clock)
 
-        for _ in range(count):
-            struct, at = read_struct(body, at, clock)
-            placed = place_untrusted(struct, client, look)
-            table.clocks.append(clock)
+    def run(self) -> Places:
+        table, count = self.table, self.count
+        while len(table.placed) < count:
+            struct, behind = read_struct(self.body, self.at, self.clock)
+            placed = place_untrusted(struct, self.client, self.look)
+            if count > 1 and not self.work.fits(struct, placed):
+                if not self.may_cut:
+                    raise self.work.too_much()
+                self.cuts.append((self.at, self.clock, len(table.placed)))
+                self.work = Work(self.client, self.clock)
+                self.work.fits(struct, placed)
+            table.clocks.append(self.clock)
             table.placed.append(placed)
-            clock += struct.length
+            self.clock += struct.length
+            self.at = behind
         return table.placed[0] if count == 1 else table
+
+    def count_cuts(self, deletions: Sequence[Piece]) -> None:
+        """Which deletions may cut a run, into `cutting`."""
+        while len(self.cutting) < len(deletions):
+            self.cutting.append(self._may_cut_run(deletions[len(self.cutting)]))
+
+    def _may_cut_run(self, deletion: Piece) -> bool:
+        client, clock, length = deletion
+        ends = self.look((client, clock)), self.look((client, clock + length - 1))
+        return any(end.run is not None and end.holds is None for end in ends)
+
+    def parts(self) -> list[bytes]:
+        """The items, cut where one was too much; without deletions."""
+        out = []
+        rows = [*self.cuts, (self.at, self.clock, self.count)]
+        sections, at = read_uint(self.body, 0)
+        for _ in range(3 if sections else 0):
+            _, at = read_uint(self.body, at)
+        first, clock, before = at, self.start, 0
+        for behind, next_clock, items in rows:
+            if items > before:
+                head = b"\1" + b"".join(map(encode_uvarint, (items - before, self.client, clock)))
+                out.append(head + self.body[first:behind] + b"\0")
+            first, clock, before = behind, next_clock, items
+        return out
+
+    def deletion_parts(self, deletions: Sequence[Piece]) -> list[bytes]:
+        """Updates that only delete. Types come first: what is in them is gone with them, not piece by piece."""
+        cuts = [each for each, cuts in zip(deletions, self.cutting, strict=True) if cuts]
+        others = [each for each, cuts in zip(deletions, self.cutting, strict=True) if not cuts]
+        out = []
+        while cuts or others:
+            chunk, others = others[:REPLICA_MAX_STRUCTS], others[REPLICA_MAX_STRUCTS:]
+            if not others:
+                room = min(REPLICA_MAX_CUTS, REPLICA_MAX_STRUCTS - len(chunk))
+                chunk, cuts = chunk + cuts[:room], cuts[room:]
+            out.append(deletions_only(sorted(chunk)))
+        return out
 
 
 def place_untrusted(struct: Struct, client: int, look: Callable[[Reference], Placed]) -> Placed:
@@ -181,16 +326,13 @@ def place_untrusted(struct: Struct, client: int, look: Callable[[Reference], Pla
     if struct.kind == 0:
         return GONE
     place: Place | None
-    beside = None
-    if struct.left is not None or struct.right is not None:
-        beside = look(struct.left or struct.right)  # type: ignore[arg-type]
+    left = None if struct.left is None else look(struct.left)
+    right = None if struct.right is None else look(struct.right)
+    beside = left or right
+    if beside is not None:
         place = beside.place
-        if struct.left is not None and struct.right is not None:
-            other = look(struct.right)
-            if other.place != place:
-                raise RemoteProtocolError("an item between two that stand in different containers")
-            if other is beside and place is not None and struct.left >= struct.right:  # within one run
-                raise RemoteProtocolError("an item between two that stand the other way round")
+        if left is not None and right is not None and right.place != place:
+            raise RemoteProtocolError("an item between two that stand in different containers")
     elif isinstance(struct.parent, str):
         place = Place(Container(_KIND_OF[struct.parent[0]], 0, struct.parent), struct.key)
     else:
@@ -208,14 +350,26 @@ def place_untrusted(struct: Struct, client: int, look: Callable[[Reference], Pla
         raise RemoteProtocolError("a value under a key that stands before another")
     if container.kind == _MAP and struct.length > 1 and struct.kind != _DELETED:
         raise RemoteProtocolError("several values under one key")
+    run = None if container.kind == _MAP else _run_untrusted(struct, client, left, right)
     if struct.kind != _TYPE:
         gone = struct.kind == _DELETED
         if container.kind == _MAP and beside is not None and beside.holds is None and beside.is_gone == gone:
             return beside  # what overwrites a key shares the answer
-        return Placed(place, None, gone)
+        return Placed(place, None, gone, run)
     if container.level >= REPLICA_MAX_NESTING:
         raise RemoteProtocolError(f"values are nested more than {REPLICA_MAX_NESTING} deep")
-    return Placed(place, Container(struct.type_number, container.level + 1, (client, struct.clock)), False)
+    return Placed(place, Container(struct.type_number, container.level + 1, (client, struct.clock)), False, run)
+
+
+def _run_untrusted(struct: Struct, client: int, left: Placed | None, right: Placed | None) -> Run:
+    """The run that an item of a list or text begins. Raises `RemoteProtocolError` when its origins are no neighbours in
+    anybody's list."""
+    above = None if left is None else left.run
+    at = 0 if struct.left is None else struct.left[1]
+    after = None if right is None or right.run is None or struct.right is None else (right.run, struct.right[1])
+    if after is not None and not is_gap(None if above is None else (above, at), after):
+        raise RemoteProtocolError("an item between two that were never neighbours")
+    return Run(client, struct.clock, above, at)
 
 
 def read_struct(data: bytes, at: int, clock: int) -> tuple[Struct, int]:

@@ -253,6 +253,7 @@ class Replica:
     def transaction(self, unix_now: float) -> Iterator[list[Operation]]:
         """Edit `doc` inside the block: all of it becomes one operation, put into the list that the block gets.
 
+        What is too much work for one (thousands of items, dozens of places in lists or texts) becomes several.
         Nothing is signed when nothing changed. When the block raises, or what it did may not be written (too large),
         the document is put back to what it was. Raises `LocalProtocolError`.
         """
@@ -276,7 +277,7 @@ class Replica:
             doc.unobserve(subscription)
         try:
             for update in captured:
-                made.append(self._write(Kind.EDIT, update, unix_now))
+                made += self._write_edit(update, unix_now)
         except BaseException:
             self._captured = None
             self._rebuild()
@@ -292,7 +293,7 @@ class Replica:
             raise LocalProtocolError("only the owner may change who writes")
         if kind == Kind.REMOVE and key not in membership.writers:
             raise LocalProtocolError("this key is no writer of the space")
-        return self._write(kind, key, unix_now)
+        return self._write(kind, key, unix_now, (0, 0))
 
     def _check_writable(self) -> None:
         reason = self.why_not_writable()
@@ -309,21 +310,19 @@ class Replica:
             self.instance = self._rng.getrandbits(32)
             self._rebuild()
 
-    def _write(self, kind: Kind, body: bytes, unix_now: float) -> Operation:
-        if kind == Kind.EDIT:
-            if len(body) > REPLICA_MAX_UPDATE_BYTES:
-                raise LocalProtocolError(
-                    f"an edit of {len(body)} bytes is over the limit of {REPLICA_MAX_UPDATE_BYTES}: share a blob and "
-                    "write its content id"
-                )
-            try:
-                parsed = parse_update_untrusted(body)
-                self.graph.check_own(body)
-            except RemoteProtocolError as error:
-                raise LocalProtocolError(f"this edit cannot be shared: {error}") from None
-            span = (parsed.start, parsed.end)
-        else:
-            span = (0, 0)
+    def _write_edit(self, body: bytes, unix_now: float) -> list[Operation]:
+        if len(body) > REPLICA_MAX_UPDATE_BYTES:
+            raise LocalProtocolError(
+                f"an edit of {len(body)} bytes is over the limit of {REPLICA_MAX_UPDATE_BYTES}: share a blob and "
+                "write its content id"
+            )
+        try:
+            parts = self.graph.check_own(body)
+        except RemoteProtocolError as error:
+            raise LocalProtocolError(f"this edit cannot be shared: {error}") from None
+        return [self._write(Kind.EDIT, part, unix_now, (parsed.start, parsed.end)) for part, parsed in parts]
+
+    def _write(self, kind: Kind, body: bytes, unix_now: float, span: tuple[int, int]) -> Operation:
         while len(self.graph.heads) >= REPLICA_MAX_PARENTS:
             self._sign(Kind.EDIT, b"", unix_now, (0, 0))
         return self._sign(kind, body, unix_now, span)

@@ -23,7 +23,7 @@ A container's name is a letter for its type and a name: `m:` map, `l:` list, `t:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from lattica_protocols.errors import RemoteProtocolError
@@ -50,6 +50,10 @@ Piece = tuple[int, int, int]
 """(client, clock, length)."""
 
 
+class TooMuch(RemoteProtocolError):
+    """One update is too much work. What was made here is cut into several."""
+
+
 @dataclass(slots=True)
 class ParsedUpdate:
     """What an update contains. `client` is meaningless when `start == end`."""
@@ -70,15 +74,16 @@ class ParsedUpdate:
     """Offset of the deletions."""
 
 
-def parse_update_untrusted(data: bytes) -> ParsedUpdate:
-    """Read an update; whatever is not allowed raises `RemoteProtocolError`. 5 to 10 µs for a small edit."""
+def parse_update_untrusted(data: bytes, *, max_structs: int = REPLICA_MAX_STRUCTS) -> ParsedUpdate:
+    """Read an update; whatever is not allowed raises `RemoteProtocolError`, too many items or deletions `TooMuch`.
+    5 to 10 µs for a small edit."""
     if len(data) > REPLICA_MAX_UPDATE_BYTES:
         raise RemoteProtocolError(f"update of {len(data)} bytes is over {REPLICA_MAX_UPDATE_BYTES}")
     parsed = ParsedUpdate()
     try:
-        at = _read_structs(data, parsed)
+        at = _read_structs(data, parsed, max_structs)
         parsed.deletions_at = at
-        at = _read_deletions(data, at, parsed)
+        at = _read_deletions(data, at, parsed, max_structs)
     except IndexError:
         raise RemoteProtocolError("update that is cut off") from None
     if at != len(data):
@@ -93,11 +98,20 @@ def rename(data: bytes, parsed: ParsedUpdate, pieces_of: Callable[[int, int, int
         out += [data[last:start], encode_uvarint(pieces_of(client, clock, 1)[0][0])]
         last = end
     out.append(data[last : parsed.deletions_at])
+    out.append(_encode_deletions(piece for each in parsed.deletions for piece in pieces_of(*each)))
+    return b"".join(out)
+
+
+def deletions_only(deletions: Iterable[Piece]) -> bytes:
+    """An update that only deletes."""
+    return b"\0" + _encode_deletions(deletions)
+
+
+def _encode_deletions(deletions: Iterable[Piece]) -> bytes:
     ranges: dict[int, list[tuple[int, int]]] = {}
-    for client, clock, length in parsed.deletions:
-        for name, first, count in pieces_of(client, clock, length):
-            ranges.setdefault(name, []).append((first, count))
-    out.append(encode_uvarint(len(ranges)))
+    for client, clock, length in deletions:
+        ranges.setdefault(client, []).append((clock, length))
+    out = [encode_uvarint(len(ranges))]
     for client, cut in ranges.items():
         out += [encode_uvarint(client), encode_uvarint(len(cut))]
         out += [encode_uvarint(clock) + encode_uvarint(length) for clock, length in cut]
@@ -169,15 +183,17 @@ def _id(data: bytes, at: int, parsed: ParsedUpdate) -> int:
     return end
 
 
-def _read_structs(data: bytes, parsed: ParsedUpdate) -> int:
+def _read_structs(data: bytes, parsed: ParsedUpdate, max_structs: int) -> int:
     sections, at = read_uint(data, 0)
     if sections == 0:
         return at
     if sections > 1:
         raise RemoteProtocolError("update with items of several clients")
     count, at = read_uint(data, at)
-    if not 0 < count <= REPLICA_MAX_STRUCTS:
-        raise RemoteProtocolError(f"update with {count} items")
+    if not count:
+        raise RemoteProtocolError("update with a section without items")
+    if count > max_structs:
+        raise TooMuch(f"an update of more than {max_structs} items")
     client, middle = read_uint(data, at)
     clock, end = read_uint(data, middle)
     if not 0 < client < MAX_CLIENT:
@@ -301,7 +317,7 @@ def _skip_signed(data: bytes, at: int) -> int:
     raise RemoteProtocolError("number too long in an update")
 
 
-def _read_deletions(data: bytes, at: int, parsed: ParsedUpdate) -> int:
+def _read_deletions(data: bytes, at: int, parsed: ParsedUpdate, max_structs: int) -> int:
     clients, at = read_uint(data, at)
     total = 0
     own = parsed.client_bytes
@@ -320,8 +336,10 @@ def _read_deletions(data: bytes, at: int, parsed: ParsedUpdate) -> int:
             clock, at = read_uint(data, at)
             length, at = read_uint(data, at)
             total += 1
-            if not 0 < length < MAX_CLOCK or clock + length > MAX_CLOCK or total > REPLICA_MAX_STRUCTS:
+            if not 0 < length < MAX_CLOCK or clock + length > MAX_CLOCK:
                 raise RemoteProtocolError("deletion out of range in an update")
+            if total > max_structs:
+                raise TooMuch(f"an update with more than {max_structs} deletions")
             if clock < behind:
                 # yrs writes them in order and joined. Else one update could name all there is thousands of times.
                 raise RemoteProtocolError("deletions in an update that are not in order")
