@@ -7,7 +7,6 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-import trio
 from aioquic.quic.packet import QuicProtocolVersion
 from cryptography.hazmat.primitives.asymmetric import rsa
 from odd_quic_peer import OddQuicPeer, quic_dialled_by
