@@ -142,8 +142,9 @@ class IdentifyService:
         addrs = record.addrs if record is not None and record.peer_id == peer else message.listen_addrs
         if addrs:
             self._host.peerstore.add_addrs(peer, [a for a in addrs if _may_be_at(a, peer, connection)], CONNECTED_TTL)
-        if message.observed_addr is not None:
-            self.observed[peer] = connection.observed_addr = message.observed_addr
+        observed = None if message.observed_addr is None else message.observed_addr.without_peer()  # JS appends our id
+        if observed is not None:
+            self.observed[peer] = connection.observed_addr = observed
         before = self._host.peerstore.info(peer) or PeerInfo()
         self._host.publish_identified(
             peer,
@@ -151,7 +152,7 @@ class IdentifyService:
                 agent=message.agent_version or before.agent,
                 protocol_version=message.protocol_version or before.protocol_version,
                 protocols=frozenset(message.protocols) or before.protocols,
-                observed_addr=message.observed_addr or before.observed_addr,
+                observed_addr=observed or before.observed_addr,
             ),
         )
 

@@ -238,6 +238,28 @@ def test_ping_and_identify(run_mocked) -> None:
     run_mocked(main)
 
 
+def test_where_a_js_peer_sees_us(run_mocked) -> None:
+    """It appends our peer id. Go does not dial an address that ends in one, so it must not go on from here."""
+    seen = Multiaddr.parse("/ip4/203.0.113.5/tcp/9")
+
+    async def main() -> None:
+        async with two_hosts() as (one, two):
+
+            async def answer(stream: Stream) -> None:
+                await stream.send_frame(Identify(observed_addr=seen.with_peer(one.peer_id)).encode())
+                await stream.aclose()
+
+            await one.connect(two.peer_id)
+            two.handle("/ipfs/id/1.0.0", answer)
+            service = IdentifyService(one)
+            await service.ask_again()
+            connection = one.connection(two.peer_id)
+            assert connection is not None
+            assert connection.observed_addr == service.observed[two.peer_id] == seen
+
+    run_mocked(main)
+
+
 @pytest.mark.parametrize("ending", ["left open", "reset", "two messages", "closed"])
 @pytest.mark.parametrize("damaged", [False, True])
 def test_peers_that_identify_in_unusual_ways(run_mocked, ending: str, damaged: bool) -> None:
