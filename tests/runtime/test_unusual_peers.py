@@ -15,8 +15,10 @@ import lattica
 from lattica.errors import DialError
 from lattica.interfaces import Stream
 from lattica.node import Node
+from lattica_protocols.kad.messages import KadMessage, MessageType, PeerEntry
 from lattica_protocols.multiaddr import Multiaddr
 from lattica_protocols.multistream import encode_message
+from lattica_protocols.varint import encode_uvarint
 
 Run = Callable[..., Any]
 INITIAL_WINDOW = 256 * 1024
@@ -36,9 +38,9 @@ async def pour(stream: Stream) -> None:
 
 
 @asynccontextmanager
-async def node() -> AsyncIterator[tuple[Node, int]]:
+async def node(**settings: Any) -> AsyncIterator[tuple[Node, int]]:
     """A node, and the port it listens on."""
-    config = lattica.NodeConfig(listen=["/ip4/127.0.0.1/tcp/0"], relay_use="never", punch=False)
+    config = lattica.NodeConfig(listen=["/ip4/127.0.0.1/tcp/0"], relay_use="never", punch=False, **settings)
     async with lattica.open_node(config) as ours:
         ours.host.handle("/echo/1", echo)
         ours.host.handle("/pour/1", pour)
@@ -173,6 +175,47 @@ def test_go_away_leaves_open_streams_alone(run: Run) -> None:
             await peer.write(frame(GO_AWAY, 0, 0, 0))
             await peer.write(frame(DATA, 0, 1, body=b"before") + frame(DATA, FIN, 1, body=b" the end"))
             assert await peer.received(1, 100) == b"before the end"
+
+    run(main)
+
+
+def test_kademlia_in_pieces_and_with_what_is_unknown(run: Run) -> None:
+    """Requests one behind the other and byte by byte; fields, and kinds of addresses, that nobody has heard of."""
+    key = b"\x12\x20" + bytes(range(32))
+    addrs = [
+        Multiaddr.parse("/ip4/127.0.0.1/tcp/4001").to_bytes(),
+        Multiaddr.parse("/ip4/127.0.0.1/udp/4001/quic").to_bytes(),  # draft-29
+        b"\x04\x7f\x00\x00\x01\xff\xff\x03whatever",  # a protocol number of the future
+        b"",
+    ]
+    later = b"\xf2\x07\x05later"  # a field 126
+    provider = KadMessage(
+        type=MessageType.ADD_PROVIDER, key=key, provider_peers=(PeerEntry(id=BOB_ID.to_bytes(), addrs=addrs),)
+    )
+    requests = [
+        provider,
+        KadMessage(type=MessageType.GET_PROVIDERS, key=key),
+        KadMessage(type=MessageType.FIND_NODE, key=BOB_ID.to_bytes()),
+        KadMessage(type=MessageType.PING),
+    ]
+    said = b"".join(encode_uvarint(len(data)) + data for request in requests if (data := request.encode() + later))
+
+    async def main() -> None:
+        async with node(kad_mode="server") as (_, port), dialled_by(BOB, port, message=1) as peer:
+            await peer.write(frame(WINDOW, SYN, 1))
+            for byte in HEADER + encode_message("/lattica/kad/1.0.0") + said:
+                await peer.write(frame(DATA, 0, 1, body=bytes([byte])))
+            await peer.write(frame(DATA, FIN, 1))
+            answer = (await peer.received(1, 1 << 20))[len(HEADER + encode_message("/lattica/kad/1.0.0")) :]
+            messages = []
+            while answer:
+                size, start = (answer[0], 1) if answer[0] < 0x80 else (answer[0] & 0x7F | answer[1] << 7, 2)
+                messages.append(KadMessage.decode_untrusted(answer[start : start + size]))
+                answer = answer[start + size :]
+            assert [message.type for message in messages] == [request.type for request in requests[1:]]
+            (found,) = messages[0].provider_peers
+            assert found.id == BOB_ID.to_bytes()
+            assert addrs[0] in found.addrs
 
     run(main)
 
