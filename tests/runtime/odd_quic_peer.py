@@ -10,15 +10,19 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import trio
+from aioquic._buffer import Buffer
 from aioquic.quic.configuration import QuicConfiguration
 from aioquic.quic.connection import QuicConnection
 from aioquic.quic.events import ConnectionTerminated, HandshakeCompleted, QuicEvent, StreamDataReceived
-from aioquic.quic.packet import QuicProtocolVersion
+from aioquic.quic.packet import QuicProtocolVersion, encode_quic_retry, pull_quic_header
+from aioquic.quic.retry import QuicRetryTokenHandler
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.x509.oid import NameOID
 
+from lattica_protocols.keys import PublicKey
+from lattica_protocols.peer_id import PeerId
 from lattica_protocols.tls import EXTENSION_OID, SIGNATURE_PREFIX
 
 
@@ -26,8 +30,7 @@ def rsa_identity_certificate(host_key: rsa.RSAPrivateKey) -> tuple[x509.Certific
     """A P-256 certificate for an RSA host key, with extensions that mean nothing to us, the libp2p one not critical."""
     key = ec.generate_private_key(ec.SECP256R1())
     formats = serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-    public = host_key.public_key().public_bytes(*formats)
-    encoded = b"\x08\x00\x12" + _varint(len(public)) + public
+    encoded = _encoded(host_key)
     signed = SIGNATURE_PREFIX + key.public_key().public_bytes(*formats)
     signature = host_key.sign(signed, padding.PKCS1v15(), hashes.SHA256())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "somebody")])
@@ -58,6 +61,17 @@ def _der(tag: int, content: bytes) -> bytes:
     size = len(content)
     head = bytes([size]) if size < 128 else b"\x82" + size.to_bytes(2, "big")
     return bytes([tag]) + head + content
+
+
+def rsa_peer_id(host_key: rsa.RSAPrivateKey) -> PeerId:
+    return PeerId.from_public_key(PublicKey.from_protobuf_untrusted(_encoded(host_key)))
+
+
+def _encoded(host_key: rsa.RSAPrivateKey) -> bytes:
+    public = host_key.public_key().public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    return b"\x08\x00\x12" + _varint(len(public)) + public
 
 
 def _follow_the_rfc(quic: QuicConnection) -> None:
@@ -132,3 +146,73 @@ async def quic_dialled_by(host_key: rsa.RSAPrivateKey, port: int, **settings: An
         yield peer
         peer.quic.close()
         await peer.flush()
+
+
+class OddQuicServer:
+    """Serves one connection, whose streams it echoes. `retry`: it first has the address proven; `deaf`: so many of the
+    first datagrams never arrive; `settings` are those of aioquic."""
+
+    def __init__(self, host_key: rsa.RSAPrivateKey, *, retry: bool = False, deaf: int = 0, **settings: Any) -> None:
+        certificate, key = rsa_identity_certificate(host_key)
+        self._configuration = QuicConfiguration(
+            **{"alpn_protocols": ["other", "libp2p"], "connection_id_length": 8} | settings,
+            is_client=False,
+            certificate=certificate,
+            private_key=key,
+            verify_mode=ssl.CERT_NONE,
+        )
+        self._retry, self._deaf = retry, deaf
+        self._tokens = QuicRetryTokenHandler()
+        self._socket = trio.socket.socket(trio.socket.AF_INET, trio.socket.SOCK_DGRAM)
+
+    async def listen(self) -> int:
+        """The port."""
+        await self._socket.bind(("127.0.0.1", 0))
+        return int(self._socket.getsockname()[1])
+
+    async def run(self) -> None:
+        with self._socket:
+            for _ in range(self._deaf):
+                await self._socket.recvfrom(65536)
+            peer = await self._accept()
+            while True:
+                event = await peer.until(lambda event: isinstance(event, StreamDataReceived))
+                peer.quic.send_stream_data(event.stream_id, event.data, event.end_stream)
+
+    async def _accept(self) -> OddQuicPeer:
+        while True:
+            data, addr = await self._socket.recvfrom(65536)
+            head = pull_quic_header(Buffer(data=data))
+            now = trio.current_time()
+            original, retried = head.destination_cid, None
+            if self._retry and not head.token:
+                await self._socket.sendto(self._ask_for_token(head, addr, now), addr)
+                continue
+            if self._retry:
+                retried = head.destination_cid
+                original = self._tokens.validate_token(address=addr, destination_cid=retried, token=head.token, now=now)
+            quic = QuicConnection(
+                configuration=self._configuration,
+                original_destination_connection_id=original,
+                retry_source_connection_id=retried,
+            )
+            if not quic.host_cid:
+                quic._replenish_connection_ids = lambda: None  # type: ignore[method-assign]
+            quic.receive_datagram(data, addr, now)
+            return OddQuicPeer(self._socket, quic)
+
+    def _ask_for_token(self, head: Any, addr: Any, now: float) -> bytes:
+        source = os.urandom(20)
+        token = self._tokens.create_token(
+            address=addr,
+            original_destination_connection_id=head.destination_cid,
+            retry_source_connection_id=source,
+            now=now,
+        )
+        return encode_quic_retry(
+            version=head.version,
+            source_cid=source,
+            destination_cid=head.source_cid,
+            original_destination_cid=head.destination_cid,
+            retry_token=token,
+        )

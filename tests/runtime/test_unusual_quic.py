@@ -7,13 +7,15 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+import trio
 from aioquic.quic.packet import QuicProtocolVersion
 from cryptography.hazmat.primitives.asymmetric import rsa
-from odd_quic_peer import OddQuicPeer, quic_dialled_by
+from odd_quic_peer import OddQuicPeer, OddQuicServer, quic_dialled_by, rsa_peer_id
 
 import lattica
 from lattica.interfaces import Stream
 from lattica.node import Node
+from lattica_protocols.multiaddr import Multiaddr
 from lattica_protocols.multistream import encode_message
 
 Run = Callable[..., Any]
@@ -86,5 +88,36 @@ def test_key_updates_and_new_connection_ids(run: Run, host_key: rsa.RSAPrivateKe
                     peer.quic.request_key_update()
                 else:
                     peer.quic.change_connection_id()
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"connection_id_length": 0},
+        {"connection_id_length": 20},
+        {"retry": True},
+        {"retry": True, "connection_id_length": 20},
+        {"deaf": 2},
+        {"max_stream_data": 4096, "max_data": 8192},
+        {"max_datagram_size": 1200},
+    ],
+    ids=lambda settings: ",".join(f"{name}={value}" for name, value in settings.items()) or "usual",
+)
+def test_we_dial(run: Run, host_key: rsa.RSAPrivateKey, settings: dict[str, Any]) -> None:
+    async def main() -> None:
+        async with node() as (ours, _), trio.open_nursery() as nursery:
+            server = OddQuicServer(host_key, **settings)
+            addr = Multiaddr.parse(f"/ip4/127.0.0.1/udp/{await server.listen()}/quic-v1")
+            nursery.start_soon(server.run)
+            connection = await ours.host.connect(rsa_peer_id(host_key), [addr])
+            stream = await connection.open_stream()
+            payload = bytes(range(256)) * 400
+            async with trio.open_nursery() as sending:
+                sending.start_soon(stream.send_all, payload)
+                assert await stream.receive_exactly(len(payload)) == payload
+            nursery.cancel_scope.cancel()
 
     run(main)
