@@ -7,13 +7,14 @@ handshake proved, and addresses only enter the peerstore with a time to live.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import TYPE_CHECKING
 
 import trio
 
 from lattica._version import __version__
-from lattica.errors import LatticaError
+from lattica.errors import LatticaError, StreamReset
 from lattica.host import PeerConnected, SelfChanged
 from lattica.peerstore import CONNECTED_TTL, PeerInfo
 from lattica_protocols.errors import ProtocolError, RemoteProtocolError
@@ -35,6 +36,8 @@ PROTOCOL_VERSION = "/lattica/common/1.0.0"
 """Peers of the Rust lattica cut whoever has another protocol version than their own, unless it contains `common`."""
 TIMEOUT = 15.0
 """Seconds for one exchange; a peer that never identifies still works, its protocols are then negotiated."""
+GRACE = 2.0
+"""Seconds for further messages, once there is one, from a peer that does not end the stream."""
 AGENT = f"lattica-py/{__version__}"
 
 
@@ -117,27 +120,31 @@ class IdentifyService:
 
     async def _learn(self, stream: Stream) -> None:
         """Read messages until the end of the stream and merge them into what we know of the peer."""
-        messages: list[bytes] = []
-        while True:
-            first = await stream.receive_some(1)
-            if not first:
-                break
-            stream.push_back(first)
-            messages.append(await stream.receive_frame(MAX_IDENTIFY_MESSAGE_BYTES))
-            if len(messages) > MAX_IDENTIFY_MESSAGES:
-                raise RemoteProtocolError(f"more than {MAX_IDENTIFY_MESSAGES} identify messages")
+        messages = [await stream.receive_frame(MAX_IDENTIFY_MESSAGE_BYTES)]
+        # Go sends several and ends the stream. Peers that send one need not end it in order: Rust and JS read no more.
+        with trio.move_on_after(GRACE), contextlib.suppress(StreamReset):
+            while first := await stream.receive_some(1):
+                stream.push_back(first)
+                messages.append(await stream.receive_frame(MAX_IDENTIFY_MESSAGE_BYTES))
+                if len(messages) > MAX_IDENTIFY_MESSAGES:
+                    raise RemoteProtocolError(f"more than {MAX_IDENTIFY_MESSAGES} identify messages")
         self._merge(stream.connection, Identify.decode_untrusted(messages))
 
     def _merge(self, connection: Connection, message: Identify) -> None:
         peer = connection.peer_id
         if message.public_key is not None and not peer.matches(message.public_key):
             raise RemoteProtocolError("identify names another peer's key")
-        record = message.peer_record_untrusted()
+        try:
+            record = message.peer_record_untrusted()
+        except RemoteProtocolError as error:  # of a newer kind, or damaged; what the peer says unsigned still counts
+            log.debug("peer_record_refused peer=%s error=%s", peer.short(), error)
+            record = None
         addrs = record.addrs if record is not None and record.peer_id == peer else message.listen_addrs
         if addrs:
             self._host.peerstore.add_addrs(peer, [a for a in addrs if _may_be_at(a, peer, connection)], CONNECTED_TTL)
-        if message.observed_addr is not None:
-            self.observed[peer] = connection.observed_addr = message.observed_addr
+        observed = None if message.observed_addr is None else message.observed_addr.without_peer()  # JS appends our id
+        if observed is not None:
+            self.observed[peer] = connection.observed_addr = observed
         before = self._host.peerstore.info(peer) or PeerInfo()
         self._host.publish_identified(
             peer,
@@ -145,7 +152,7 @@ class IdentifyService:
                 agent=message.agent_version or before.agent,
                 protocol_version=message.protocol_version or before.protocol_version,
                 protocols=frozenset(message.protocols) or before.protocols,
-                observed_addr=message.observed_addr or before.observed_addr,
+                observed_addr=observed or before.observed_addr,
             ),
         )
 

@@ -410,7 +410,9 @@ class KadService:
         return done
 
     async def _put_to(self, key: bytes, value: bytes, peers: Iterable[PeerId], book: dict[PeerId, PeerAddrs]) -> int:
-        message = KadMessage(type=MessageType.PUT_VALUE, key=key, record=Record(key=key, value=value))
+        # Lattica wheels before 1.0.21 end their whole node on a record without a publisher, which others leave out.
+        record = Record(key=key, value=value, publisher=self._host.peer_id.to_bytes())
+        message = KadMessage(type=MessageType.PUT_VALUE, key=key, record=record)
 
         async def send(peer: PeerId, addrs: Sequence[Multiaddr]) -> bool:
             return (await self._requests.ask(peer, message, addrs)).value == value

@@ -23,7 +23,7 @@ from typing import Final
 
 import trio
 
-from lattica.errors import ConnectionLost, DialError, StreamReset, WrongPeer
+from lattica.errors import ConnectionLost, DialError, ProtocolNotSupported, StreamReset, WrongPeer
 from lattica.interfaces import Direction, Path
 from lattica.transports.channel import Channel
 from lattica.transports.muxed import MuxedConnection, SharedMemory
@@ -54,9 +54,7 @@ class ConnectionFacts:
 class Upgrader:
     """Turns channels into connections. One for all of a node's stream-like transports."""
 
-    def __init__(
-        self, key: PrivateKey, entropy: Callable[[int], bytes], *, pace: Pace = USUAL
-    ) -> None:
+    def __init__(self, key: PrivateKey, entropy: Callable[[int], bytes], *, pace: Pace = USUAL) -> None:
         """`entropy(n)` gives `n` unpredictable bytes (`os.urandom`)."""
         self.peer_id = PeerId.from_public_key(key.public_key)
         self.memory = SharedMemory()
@@ -83,7 +81,7 @@ class Upgrader:
             raise DialError(f"no handshake within {HANDSHAKE_TIMEOUT:g} s") from None
         except trio.ClosedResourceError:
             raise DialError("closed during the handshake") from None
-        except (RemoteProtocolError, ConnectionLost, StreamReset) as error:
+        except (RemoteProtocolError, ConnectionLost, StreamReset, ProtocolNotSupported) as error:
             raise DialError(f"the handshake failed: {error}") from None
         except OSError as error:
             raise DialError(f"the handshake failed: {error.strerror or error}") from None
@@ -114,7 +112,7 @@ class Upgrader:
             raise DialError(f"this node itself answered ({peer_id})")
         secured = _SecuredWire(wire, handshake.split())
         if handshake.muxer is None:
-            await (_propose if initiator else _respond)(secured, yamux.PROTOCOL_ID)
+            await _negotiate_muxer(secured, handshake, initiator)
         return MuxedConnection(
             channel,
             secured.ciphers,
@@ -189,12 +187,29 @@ class _SecuredWire(_Wire):
         await self._outer.send(bytes(frame))
 
 
+async def _negotiate_muxer(wire: _SecuredWire, handshake: noise.NoiseHandshake, initiator: bool) -> None:
+    """Agree on yamux by multistream-select, as the handshake named none that both know."""
+    try:
+        await (_propose if initiator else _respond)(wire, yamux.PROTOCOL_ID)
+    except (ConnectionLost, OSError) as error:
+        assert handshake.payload is not None
+        extensions = handshake.payload.extensions
+        if extensions is None or not extensions.stream_muxers:
+            raise
+        offered = ", ".join(
+            extensions.stream_muxers
+        )  # JS ends the connection when its list and ours have none in common
+        raise ProtocolNotSupported(f"the peer does not speak {yamux.PROTOCOL_ID}, only {offered[:200]}") from error
+
+
 async def _propose(wire: _Wire, protocol: str, *, along: bytes = b"") -> None:
     """Propose one protocol. `along` is sent with the proposal, as if it was accepted."""
     machine = Initiator([protocol], lazy=True)
     await wire.send(machine.poll_transmit() + along)
     while not machine.confirmed:
         machine.receive_data(await wire.read())
+        if machine.failed:
+            raise ProtocolNotSupported(f"the peer does not speak {protocol}")
     wire.unread(machine.take_leftover())
 
 

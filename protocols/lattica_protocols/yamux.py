@@ -487,7 +487,9 @@ class YamuxSession:
                 raise RemoteProtocolError(f"the peer opened the yamux stream {stream_id} twice")
             return self._open_inbound_untrusted(stream_id, now)
         if stream is None:
-            if stream_id > self._highest_inbound if theirs else stream_id >= self._next_id:
+            # rust-yamux announces a stream with its first data; one that it drops before that it resets all the same.
+            unheard = stream_id > self._highest_inbound if theirs else stream_id >= self._next_id
+            if unheard and not (flags & FLAG_RST and theirs):
                 raise RemoteProtocolError(f"frame on the yamux stream {stream_id} that was never opened")
             return None
         if flags & FLAG_ACK and not stream.acked:

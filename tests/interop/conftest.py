@@ -6,7 +6,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-from install_peers import install_js_libp2p, install_p2pd, install_py_libp2p, install_rust_lattica
+from install_peers import (
+    OLD_RUST_LATTICA,
+    RUST_LATTICA,
+    install_js_libp2p,
+    install_p2pd,
+    install_py_libp2p,
+    install_rust_lattica,
+)
 
 
 @pytest.fixture(scope="session")
@@ -14,9 +21,9 @@ def p2pd_binary() -> Path:
     return install_p2pd()
 
 
-@pytest.fixture(scope="session")
-def rust_python() -> Path:
-    return install_rust_lattica()
+@pytest.fixture(scope="session", params=[RUST_LATTICA, OLD_RUST_LATTICA])
+def rust_python(request: pytest.FixtureRequest) -> Path:
+    return install_rust_lattica(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Install the other implementations, each from its registry into a place of its own below `.venv-peers`.
 
-* Go: `p2pd` (go-libp2p) is a static binary inside the hivemind wheel; nothing of hivemind itself is installed.
+* Go: `p2pd` (go-libp2p) is a static binary inside the hivemind wheel; nothing of hivemind itself is installed. And
+  go-libp2p as a library for Python (`libp2p-go`), for CPython 3.11 only.
 * Rust: the `lattica` wheel (rust-libp2p), in a virtual environment of its own because it would shadow our package.
 * Python: py-libp2p, in a virtual environment of its own because of what it pins.
 * JavaScript: js-libp2p from npm, with a Node.js of its own (from npm, too: it needs 22, which machines often lack).
@@ -19,8 +20,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PEERS = ROOT / ".venv-peers"
-HIVEMIND = "hivemind==1.1.12"
-RUST_LATTICA = "lattica==1.0.21"
+P2PD, OLD_P2PD = "1.1.12", "1.0.0"
+"""Versions of hivemind. The older one is of January 2022 and knows no QUIC v1."""
+RUST_LATTICA, OLD_RUST_LATTICA = "1.0.21", "1.0.10"
+GO_LIBRARY = ("libp2p-go==0.1.4", "multiaddr==0.0.9", "msgpack==1.2.4")
+OLD_JS = ("0.46", "2.10")
+"""Each with a `package-VERSION.json` in `js/`."""
 PY_LIBP2P = "libp2p==0.8.1"
 
 
@@ -29,18 +34,18 @@ def _pip(python: Path | str, *args: str) -> None:
     subprocess.run(command, check=True, timeout=600, stdin=subprocess.DEVNULL)
 
 
-def install_p2pd() -> Path:
-    """The path of the Go daemon."""
-    binary = PEERS / "p2pd"
+def install_p2pd(version: str = P2PD) -> Path:
+    """The path of the Go daemon in that version of hivemind."""
+    binary = PEERS / f"p2pd-{version}"
     if not binary.exists():
         wheels = PEERS / "wheels"
         wheels.mkdir(parents=True, exist_ok=True)
         _pip(
-            sys.executable, "download", "--no-deps", "--only-binary=:all:",
-            "--platform=manylinux2014_x86_64", "-d", str(wheels), HIVEMIND,
+            sys.executable, "download", "--no-deps", "--only-binary=:all:", "--platform=manylinux2014_x86_64",
+            "--platform=any", "-d", str(wheels), f"hivemind=={version}",
         )  # fmt: skip
-        (wheel,) = wheels.glob("hivemind-*.whl")
-        partial = binary.with_suffix(".partial")
+        (wheel,) = wheels.glob(f"hivemind-{version}-*.whl")
+        partial = binary.with_name(f"{binary.name}.partial")
         with zipfile.ZipFile(wheel) as archive:
             partial.write_bytes(archive.read("hivemind/hivemind_cli/p2pd"))
         partial.chmod(0o755)
@@ -48,9 +53,14 @@ def install_p2pd() -> Path:
     return binary
 
 
-def install_rust_lattica() -> Path:
+def install_go_library() -> Path:
+    """The python of an environment with go-libp2p as a library. It needs to run on CPython 3.11."""
+    return _environment("go", *GO_LIBRARY)
+
+
+def install_rust_lattica(version: str = RUST_LATTICA) -> Path:
     """The python of an environment with the Rust wheel."""
-    return _environment("rust", "--only-binary=lattica", RUST_LATTICA)
+    return _environment(f"rust-{version}", "--only-binary=lattica", f"lattica=={version}")
 
 
 def install_py_libp2p() -> Path:
@@ -71,12 +81,21 @@ def _environment(name: str, *wanted: str) -> Path:
 
 def install_js_libp2p() -> Path:
     """The folder with `node_modules` and our worker. Raises `FileNotFoundError` where npm is missing."""
-    home = PEERS / "js"
+    return _node_modules("js", "package.json", "js_worker.mjs")
+
+
+def install_old_js_libp2p(version: str) -> Path:
+    """The same for an older one."""
+    return _node_modules(f"js-{version}", f"package-{version}.json", "old_worker.mjs")
+
+
+def _node_modules(name: str, package: str, worker: str) -> Path:
+    home = PEERS / name
     home.mkdir(parents=True, exist_ok=True)
     sources = Path(__file__).with_name("js")
     installed = home / "package.json"
-    wanted = (sources / "package.json").read_bytes()
-    shutil.copy(sources / "js_worker.mjs", home)
+    wanted = (sources / package).read_bytes()
+    shutil.copy(sources / worker, home)
     if not (installed.exists() and installed.read_bytes() == wanted and (home / ".done").exists()):
         (home / ".done").unlink(missing_ok=True)
         installed.write_bytes(wanted)
@@ -86,6 +105,16 @@ def install_js_libp2p() -> Path:
     return home
 
 
-if __name__ == "__main__":
-    for install in (install_p2pd, install_rust_lattica, install_py_libp2p, install_js_libp2p):
+def main() -> None:
+    for version in (P2PD, OLD_P2PD):
+        sys.stdout.write(f"{install_p2pd(version)}\n")
+    for version in (RUST_LATTICA, OLD_RUST_LATTICA):
+        sys.stdout.write(f"{install_rust_lattica(version)}\n")
+    for version in OLD_JS:
+        sys.stdout.write(f"{install_old_js_libp2p(version)}\n")
+    for install in (install_py_libp2p, install_js_libp2p, install_go_library):
         sys.stdout.write(f"{install()}\n")
+
+
+if __name__ == "__main__":
+    main()

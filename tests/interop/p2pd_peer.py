@@ -22,6 +22,7 @@ from lattica_protocols.varint import encode_uvarint
 IDENTIFY, CONNECT, STREAM_OPEN, STREAM_HANDLER, DHT, LIST_PEERS, DISCONNECT = 0, 1, 2, 3, 4, 5, 7
 FIND_PEER, FIND_PROVIDERS, GET_CLOSEST_PEERS, GET_VALUE, PUT_VALUE, PROVIDE = 0, 2, 3, 5, 7, 8
 END = 2
+LISTEN = ("/ip4/127.0.0.1/tcp/0", "/ip4/127.0.0.1/udp/0/quic-v1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +211,7 @@ class P2pd:
 
 
 @contextmanager
-def running_p2pd(binary: Path, *extra: str) -> Iterator[P2pd]:
+def running_p2pd(binary: Path, *extra: str, listen: Sequence[str] = LISTEN) -> Iterator[P2pd]:
     """Start a Go peer on loopback (TCP and QUIC, ports of the system's choice) and end it afterwards."""
     with tempfile.TemporaryDirectory(prefix="p2pd-") as folder:
         control = Path(folder) / "c.sock"
@@ -218,7 +219,7 @@ def running_p2pd(binary: Path, *extra: str) -> Iterator[P2pd]:
             [
                 str(binary),
                 f"-listen=/unix{control}",
-                "-hostAddrs=/ip4/127.0.0.1/tcp/0,/ip4/127.0.0.1/udp/0/quic-v1",
+                f"-hostAddrs={','.join(listen)}",
                 *extra,
             ],
             stdout=subprocess.PIPE,

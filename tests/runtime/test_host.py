@@ -23,6 +23,7 @@ from lattica.negotiate import LazyStream
 from lattica.ping import PingService
 from lattica.testing import MemoryNetwork, open_memory_host
 from lattica_protocols.errors import RemoteProtocolError
+from lattica_protocols.identify import Identify
 from lattica_protocols.multiaddr import Multiaddr
 
 
@@ -233,6 +234,69 @@ def test_ping_and_identify(run_mocked) -> None:
             assert info.agent.startswith("lattica-py/")
             assert "/ipfs/ping/1.0.0" in info.protocols
             assert await pinger.ping(two.peer_id) == pytest.approx(0.04, abs=0.005)
+
+    run_mocked(main)
+
+
+def test_where_a_js_peer_sees_us(run_mocked) -> None:
+    """It appends our peer id. Go does not dial an address that ends in one, so it must not go on from here."""
+    seen = Multiaddr.parse("/ip4/203.0.113.5/tcp/9")
+
+    async def main() -> None:
+        async with two_hosts() as (one, two):
+
+            async def answer(stream: Stream) -> None:
+                await stream.send_frame(Identify(observed_addr=seen.with_peer(one.peer_id)).encode())
+                await stream.aclose()
+
+            await one.connect(two.peer_id)
+            two.handle("/ipfs/id/1.0.0", answer)
+            service = IdentifyService(one)
+            await service.ask_again()
+            connection = one.connection(two.peer_id)
+            assert connection is not None
+            assert connection.observed_addr == service.observed[two.peer_id] == seen
+
+    run_mocked(main)
+
+
+@pytest.mark.parametrize("ending", ["left open", "reset", "two messages", "closed"])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_peers_that_identify_in_unusual_ways(run_mocked, ending: str, damaged: bool) -> None:
+    """Rust and JS read one message and do not look for an end; nobody refuses a peer for its signed record."""
+    addr = Multiaddr.parse("/ip4/127.0.0.1/tcp/9")
+
+    async def main() -> None:
+        async with two_hosts(0.02) as (one, two):
+            record = b"\x0a\x03\x08\x07\x12what a later version signs" if damaged else None
+            told = Identify(two.key.public_key, (addr,), ("/odd/1",), agent_version="odd", signed_peer_record=record)
+
+            async def answer(stream: Stream) -> None:
+                await stream.send_frame(told.encode() + b"\xf2\x07\x05later")  # a field 126 nobody knows
+                if ending == "two messages":
+                    await stream.send_frame(Identify(protocols=("/odd/2",)).encode())
+                if ending == "left open":
+                    await trio.sleep_forever()
+                if ending == "reset":
+                    await trio.sleep(0.1)
+                    stream.reset()
+                else:
+                    await stream.aclose()
+
+            two.handle("/ipfs/id/1.0.0", answer)
+            service = IdentifyService(one)
+            one.nursery.start_soon(lambda: service.run(unix_now=1))
+            await trio.testing.wait_all_tasks_blocked()
+            events = one.subscribe()
+            await one.connect(two.peer_id)
+            with trio.fail_after(5):
+                while not isinstance(await events.receive(), PeerIdentified):
+                    pass
+            info = one.peerstore.info(two.peer_id)
+            assert info is not None
+            assert info.agent == "odd"
+            assert info.protocols == ({"/odd/1", "/odd/2"} if ending == "two messages" else {"/odd/1"})
+            assert addr in one.peerstore.addrs(two.peer_id)
 
     run_mocked(main)
 

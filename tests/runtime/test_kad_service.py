@@ -204,6 +204,27 @@ def test_values_of_foreign_networks(run_mocked: Callable[..., Any]) -> None:
     run_mocked(bare, main)
 
 
+def test_a_value_is_sent_with_its_publisher(run_mocked: Callable[..., Any]) -> None:
+    """Lattica wheels before 1.0.21 end their whole node when it is missing."""
+
+    async def main() -> None:
+        async with open_network(2, accept_any=True) as peers:
+            seen = []
+            answer = peers[1].kad.server.answer_untrusted
+
+            def watch(request: KadMessage, *args: Any) -> KadMessage | None:
+                seen.append(request)
+                return answer(request, *args)
+
+            peers[1].kad.server.answer_untrusted = watch  # type: ignore[method-assign]
+            assert await peers[0].kad.put_record(b"any key", b"any value") == 1
+            (put,) = [request.record for request in seen if request.type == MessageType.PUT_VALUE]
+            assert put is not None
+            assert put.publisher == peers[0].id.to_bytes()
+
+    run_mocked(bare, main)
+
+
 def test_find_peer(run_mocked: Callable[..., Any]) -> None:
     async def main() -> None:
         async with open_network(24) as peers:

@@ -455,6 +455,17 @@ def test_a_broken_rule_ends_the_session(broken: bytes) -> None:
         bob.receive_untrusted(memoryview(broken), 0.0)
 
 
+def test_a_stream_that_was_dropped_before_it_was_announced() -> None:
+    """rust-yamux puts the SYN on a stream's first data, and a RST on the end of one that never had any."""
+    alice, bob = pair()
+    opened(alice, bob)
+    for kind in (0, 1):
+        bob.receive_untrusted(memoryview(frame(kind, RST, 99, 0)), 0.0)
+    assert bob.next_event() is None
+    with pytest.raises(RemoteProtocolError):
+        bob.receive_untrusted(memoryview(frame(0, RST, 98, 0)), 0.0)  # an id of ours
+
+
 def test_the_window_counts_over_all_frames() -> None:
     alice, bob = pair()
     opened(alice, bob)
