@@ -1,5 +1,9 @@
-"""Daemons that move while calls, streams and a fetch run between them: from one network into another, and with a box that
-forgets its mappings or gets another public address. Each end in turn; nothing is lost, runs twice or fails."""
+"""Daemons that move while calls, streams and a fetch run between them: from one network into another, and with a box
+that forgets its mappings or gets another public address. Each end in turn; nothing is lost, runs twice or fails.
+
+`a` dials QUIC, so only its moves can be followed (RFC 9000 section 9); when `b` moves a path dies, and the session goes
+on over another.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,7 @@ FETCHED_BEFORE = 16 << 20
 """Then the ground moves."""
 CALLS_AFTER = 100
 GAP_SECONDS = 10.0
-"""Without an answer. A dead path is noticed within 6.5 s, the rest is for a new place at a relay and a session there."""
+"""Without an answer. A dead path is noticed within 6.5 s, the rest is for a place at a relay and a session there."""
 FETCH_SECONDS = 90
 
 
