@@ -41,7 +41,7 @@ from lattica.listen_addrs import interface_networks
 from lattica.nat.guesser import Guess, PortGuesser
 from lattica.negotiate import LazyStream
 from lattica_protocols import dcutr
-from lattica_protocols.dcutr import PROTOCOL_ID, PunchBudget, PunchExchange, Target, choose_targets
+from lattica_protocols.dcutr import PROTOCOL_ID, PunchBudget, PunchExchange, Target, choose_targets, is_local
 from lattica_protocols.errors import ProtocolError
 from lattica_protocols.limits import DCUTR_MAX_MESSAGE_BYTES, PUNCH_ANSWERS_PER_MINUTE, PUNCH_ATTEMPTS, PUNCH_QUIC_DIAL
 from lattica_protocols.nat.behaviour import Ports
@@ -91,6 +91,8 @@ class PunchReport:
     attempts: int = 0
     tried: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    unproven: list[str] = field(default_factory=list)
+    """Addresses that the peer named in the newest attempt, and at which nobody sees it."""
     guesses: list[Guess] = field(default_factory=list)
     """Attempts for which ports were guessed, the newest last."""
     technique: str = ""
@@ -368,6 +370,9 @@ class HolePuncher:
         if exchange.guess is not None:
             targets = [target for target in targets if target.addr.has("tcp")]
         report.tried = [str(target.addr) for target in targets]
+        proven = {target.addr for target in targets if target.proven}
+        foreign = (a for a in partner.addrs if a not in proven and (ip := a.ip()) is not None and not is_local(ip))
+        report.unproven = [str(addr) for addr in foreign][:MAX_CANDIDATES]
         if not targets:
             report.errors = [*report.errors[-7:], "the peer named no address that can be tried"]
         log.debug("punch peer=%s client=%s targets=%s", peer.short(), is_client, " ".join(report.tried))
