@@ -32,6 +32,10 @@ class PathLost(ConnectionLost):
     """The connection fell silent, or its address is gone: the peer may be reached over another path."""
 
 
+class PathAltered(PathLost):
+    """What came was not what the peer sent: somebody on the way, such as a relay, altered, repeated or cut it."""
+
+
 class StreamReset(LatticaError):
     """The stream was reset by the peer or by us."""
 

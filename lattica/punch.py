@@ -2,8 +2,8 @@
 
 A relayed connection comes up. Both sides then dial what they know of the other; one of them may be public, and the
 first dial was beaten by the relay. At the same time B, who accepted it, synchronises a punch (`dcutr.py`), up to three
-times. Whatever connection comes up joins the session; new streams take it, RPC moves over (`rpc/service.py`), and the
-relayed connection is closed when nothing runs on it any more.
+times; most pairs do not have to wait for that (`early_punch.py`). Whatever connection comes up joins the session; new
+streams take it, RPC moves over (`rpc/service.py`), and the relayed connection is closed when nothing runs on it.
 
 What each side does at the moment of a punch, towards the addresses that `choose_targets` allows:
 
@@ -34,13 +34,14 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from lattica.early_punch import EarlyPunch
 from lattica.errors import ConnectError, LatticaError
 from lattica.host import PeerConnected, PeerDisconnected
 from lattica.listen_addrs import interface_networks
 from lattica.nat.guesser import Guess, PortGuesser
 from lattica.negotiate import LazyStream
 from lattica_protocols import dcutr
-from lattica_protocols.dcutr import PROTOCOL_ID, PunchBudget, PunchExchange, Target, choose_targets
+from lattica_protocols.dcutr import PROTOCOL_ID, PunchBudget, PunchExchange, Target, choose_targets, is_local
 from lattica_protocols.errors import ProtocolError
 from lattica_protocols.limits import DCUTR_MAX_MESSAGE_BYTES, PUNCH_ANSWERS_PER_MINUTE, PUNCH_ATTEMPTS, PUNCH_QUIC_DIAL
 from lattica_protocols.nat.behaviour import Ports
@@ -90,6 +91,8 @@ class PunchReport:
     attempts: int = 0
     tried: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    unproven: list[str] = field(default_factory=list)
+    """Addresses that the peer named in the newest attempt, and at which nobody sees it."""
     guesses: list[Guess] = field(default_factory=list)
     """Attempts for which ports were guessed, the newest last."""
     technique: str = ""
@@ -133,6 +136,15 @@ class HolePuncher:
         self._answered: OrderedDict[PeerId, list[float]] = OrderedDict()
         self._expected: dict[bytes, Callable[[Address], None]] = {}
         self.guesser: PortGuesser | None = None
+        self.early_hops: Callable[[], int] = lambda: OPENING_HOPS
+        """The same for a partner that dials before the punch: then a firewall has to be opened, too."""
+        self._early = EarlyPunch(
+            host,
+            candidates=self.candidates,
+            behaviour=lambda: None if self.guesser is None else self.guesser.nat.behaviour,
+            choose=self._choose,
+            open_nat=lambda targets: self._open_nat(targets, self.early_hops()),
+        )
         if tcp is not None:
             tcp.source_port = self._source_port
 
@@ -152,6 +164,7 @@ class HolePuncher:
     async def run(self) -> None:
         """Until cancelled."""
         self._host.handle(PROTOCOL_ID, self._answer)
+        self._early.start()
         if self.guesser is not None:
             self.guesser.start()
         async with trio.open_nursery() as nursery:
@@ -185,6 +198,8 @@ class HolePuncher:
         try:
             while not relayed.closed.is_set():
                 async with trio.open_nursery() as nursery:
+                    if first and relayed.direction == "outbound":
+                        nursery.start_soon(self._dial_early, relayed, report)
                     nursery.start_soon(self._dial_known, relayed, report)
                     if relayed.direction == "inbound":
                         nursery.start_soon(self._initiate, relayed, report, first)
@@ -210,6 +225,16 @@ class HolePuncher:
             report.technique = guessed[-1].technique.value if guessed else "simple" if report.attempts else "dial"
             log.info("relay_left peer=%s path=%s seconds=%.3f", peer.short(), report.result, report.seconds)
 
+    async def _dial_early(self, relayed: Connection, report: PunchReport) -> None:
+        """Where the partner opened its NAT for us, before the punch is agreed on."""
+        targets = [] if self._quic is None else await self._early.offer(relayed)
+        with trio.move_on_after(PUNCH_SECONDS):
+            async with trio.open_nursery() as nursery:
+                for target in targets:
+                    report.tried.append(f"{target.addr} (before the punch)")
+                    nursery.start_soon(self._dial_quic, target.addr, relayed.peer_id, report)
+                await self._until_direct(relayed.peer_id)
+
     async def _dial_known(self, relayed: Connection, report: PunchReport) -> None:
         """Reversal: where identify says that the peer is, and that can be, it is dialled."""
         peer, guesser = relayed.peer_id, self.guesser
@@ -219,7 +244,7 @@ class HolePuncher:
             known: set[Multiaddr] = set()
             while not self._is_direct(peer):
                 targets = self._choose(relayed, self._host.peerstore.addrs(peer))
-                addrs = [t.addr for t in targets if t.addr not in known and self._may_dial(t)]
+                addrs = [t.addr for t in targets if t.addr not in known and self._may_dial(t, peer)]
                 known.update(target.addr for target in targets)
                 if addrs:
                     try:
@@ -322,7 +347,7 @@ class HolePuncher:
                 if exchange.partner is not None and not opened:
                     # before our next message: the partner may send the moment it has that
                     opened = True
-                    self._open_nat(self._targets(relayed, exchange))
+                    self._open_nat(self._targets(relayed, exchange), self.opening_hops())
                 while (message := exchange.poll_transmit()) is not None:
                     await stream.send_frame(message)
                 if exchange.punch_at is not None:
@@ -345,6 +370,9 @@ class HolePuncher:
         if exchange.guess is not None:
             targets = [target for target in targets if target.addr.has("tcp")]
         report.tried = [str(target.addr) for target in targets]
+        proven = {target.addr for target in targets if target.proven}
+        foreign = (a for a in partner.addrs if a not in proven and (ip := a.ip()) is not None and not is_local(ip))
+        report.unproven = [str(addr) for addr in foreign][:MAX_CANDIDATES]
         if not targets:
             report.errors = [*report.errors[-7:], "the peer named no address that can be tried"]
         log.debug("punch peer=%s client=%s targets=%s", peer.short(), is_client, " ".join(report.tried))
@@ -380,9 +408,11 @@ class HolePuncher:
             own_public=own,
         )
 
-    def _may_dial(self, target: Target) -> bool:
-        """Whether the address can be afforded: a stranger may have named somebody else's."""
-        ip, expensive = target.addr.ip(), target.addr.has("udp") and not target.proven
+    def _may_dial(self, target: Target, peer: PeerId) -> bool:
+        """Whether the address can be afforded (a stranger may have named somebody else's) and is not being dialled."""
+        found, ip, expensive = target.addr.host_port(), target.addr.ip(), target.addr.has("udp") and not target.proven
+        if self._quic is not None and found and found[0] == "udp" and self._quic.is_dialling(found[1:], peer):
+            return False
         return ip is not None and self._budget.take(ip, trio.current_time(), PUNCH_QUIC_DIAL if expensive else 1)
 
     async def _punch_tcp(self, target: Target, peer: PeerId, is_client: bool, report: PunchReport) -> None:
@@ -403,8 +433,11 @@ class HolePuncher:
                 return
 
     async def _dial_quic(self, addr: Multiaddr, peer: PeerId, report: PunchReport) -> None:
-        ip = addr.ip()
-        if self._quic is None or ip is None or not self._budget.take(ip, trio.current_time()):
+        found, ip = addr.host_port(), addr.ip()
+        if self._quic is None or found is None or ip is None or not self._budget.take(ip, trio.current_time()):
+            return
+        if self._quic.is_dialling(found[1:], peer):
+            self._quic.hurry(found[1:], peer)  # the early punch came too early, or is about to succeed
             return
         try:
             self._host.adopt(await self._quic.dial(addr, peer))
@@ -424,9 +457,8 @@ class HolePuncher:
             endpoint.send_datagram(dcutr.encode_probe(token, self._rng), address)
             await trio.sleep(dcutr.probe_delay(sent, self._rng))
 
-    def _open_nat(self, targets: Sequence[Target]) -> None:
+    def _open_nat(self, targets: Sequence[Target], hops: int) -> None:
         """One datagram to each UDP address that dies on its way."""
-        hops = self.opening_hops()
         for target in targets if hops else ():
             found, ip = target.addr.host_port(), target.addr.ip()
             if self._quic is None or found is None or ip is None or found[0] != "udp":
@@ -501,7 +533,7 @@ class HolePuncher:
     def _listening_port(self, kind: str, like: Multiaddr) -> int | None:
         """The port we listen on with TCP or UDP, in the address family of `like`."""
         family = like.value("ip6") is None
-        for addr in self._host.listen_addrs():
+        for addr in self._host.bound_addrs():  # the addresses of the interfaces do not matter, and take time to list
             found = addr.host_port()
             if found is not None and found[0] == kind and not addr.is_circuit and (addr.value("ip6") is None) == family:
                 return found[2]

@@ -16,7 +16,7 @@ from lattica.nat.hops import trace_routers
 from lattica.nat.observers import peer_observers, resolve_servers
 from lattica_protocols.limits import GUESS_OPENER_MAX_TTL
 from lattica_protocols.multiaddr import Multiaddr
-from lattica_protocols.nat.behaviour import Mapping
+from lattica_protocols.nat.behaviour import Filtering, Mapping
 from lattica_protocols.nat.classify import MIN_OBSERVERS
 from lattica_protocols.nat.punch_plan import OPENER_TTL
 
@@ -73,6 +73,12 @@ class NatWatch:
         if own or known.mapping is Mapping.NONE:
             return 0
         return min(max(OPENER_TTL, 1 + self._own_routers), GUESS_OPENER_MAX_TTL)
+
+    def early_hops(self) -> int:
+        """The same where a partner's packet may come before any of ours: a firewall would drop it."""
+        known = self.behaviour
+        is_firewall = known.mapping is Mapping.NONE and known.filtering is Filtering.ADDRESS_AND_PORT_DEPENDENT
+        return OPENER_TTL if is_firewall else self.opening_hops()
 
     async def refresh(self) -> None:
         """Bring the candidates up to date: a round trip, a second at most."""

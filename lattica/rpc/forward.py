@@ -204,7 +204,10 @@ class Forwarder:
                 target = await self._rpc.channel(queue.peer)
                 await target.greeted.wait()
                 await target.ready()
-                while queue.requests and not target.congested() and not target.closed.is_set():
+                machine = target.machine
+                while queue.requests and not target.congested():
+                    if machine.going_away or machine.lost or machine.suspended:
+                        break  # since it was ready: the rest goes to the session that comes after it
                     queue.requests.popleft().pass_on(target)
                 await target.writable()
         except (LatticaError, RemoteProtocolError) as error:

@@ -11,20 +11,26 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import trio
 
-from lattica.errors import ConnectError, ConnectionLost, DialError, WrongPeer
+from lattica.errors import ConnectError, ConnectionLost, DialError, PathAltered, PathLost, WrongPeer
 from lattica.interfaces import Connection, Listener, OnConnection, Stream, Transport
 from lattica.relay.requests import CIRCUIT, open_circuit
 from lattica.transports.channel import StreamChannel
 from lattica.transports.muxed import MuxedConnection
 from lattica.transports.upgrade import ConnectionFacts, Upgrader
 from lattica_protocols.errors import RemoteProtocolError
-from lattica_protocols.limits import NEGOTIATION_TIMEOUT, RELAY_MAX_MESSAGE_BYTES, RELAY_MAX_UNFINISHED_CIRCUITS
+from lattica_protocols.limits import (
+    NEGOTIATION_TIMEOUT,
+    RELAY_MAX_CANDIDATES,
+    RELAY_MAX_MESSAGE_BYTES,
+    RELAY_MAX_UNFINISHED_CIRCUITS,
+)
 from lattica_protocols.paths.heartbeat import USUAL, Pace
 from lattica_protocols.relay.messages import STOP_PROTOCOL, Status, StopMessage, StopType, peer_untrusted, stop_status
 
@@ -34,6 +40,17 @@ if TYPE_CHECKING:
     from lattica_protocols.peer_id import PeerId
 
 log = logging.getLogger("lattica.relay")
+
+
+@dataclass(slots=True)
+class RelayTroubles:
+    """What befell connections through one relay, which the encryption from end to end notices."""
+
+    altered: int = 0
+    """Bytes came that the peer did not send, or not then."""
+    silent: int = 0
+    """Nothing came any more, while the relay itself was there."""
+    last: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +75,8 @@ class CircuitTransport(Transport):
     ) -> None:
         self.relays: set[PeerId] = set()
         """Peers from which circuits are taken."""
+        self.troubles: OrderedDict[PeerId, RelayTroubles] = OrderedDict()
+        """By relay, the newest last."""
         self._host = host
         self._upgrader = upgrader or Upgrader(host.key, entropy, pace=pace)
         self._facts: dict[Connection, CircuitFacts] = {}
@@ -122,6 +141,22 @@ class CircuitTransport(Transport):
             await connection.run()
         finally:
             del self._facts[connection]
+            self._note_trouble(facts.relay, connection.close_error)
+
+    def _note_trouble(self, relay: PeerId, error: Exception | None) -> None:
+        if not isinstance(error, PathLost):
+            return
+        altered = isinstance(error, PathAltered)
+        if not altered and all(c.path == "relay" or c.closed.is_set() for c in self._host.connections(relay)):
+            return  # the relay is gone altogether, or we are cut off
+        found = self.troubles.setdefault(relay, RelayTroubles())
+        found.altered += altered
+        found.silent += not altered
+        found.last = str(error)
+        self.troubles.move_to_end(relay)
+        while len(self.troubles) > RELAY_MAX_CANDIDATES:
+            self.troubles.popitem(last=False)
+        log.info("relayed_path_lost relay=%s error=%s", relay.short(), error)
 
     # -- listening ----------------------------------------------------------------------------------------
     def can_listen(self, addr: Multiaddr) -> bool:

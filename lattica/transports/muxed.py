@@ -23,14 +23,14 @@ from typing import Final
 import outcome
 import trio
 
-from lattica.errors import ConnectionLost, LatticaError, PathLost, PeerMisbehaved, StreamReset
+from lattica.errors import ConnectionLost, LatticaError, PathAltered, PathLost, PeerMisbehaved, StreamReset
 from lattica.interfaces import Connection, Direction, Path
 from lattica.transports.channel import Channel
 from lattica.transports.muxed_stream import MuxedStream
 from lattica_protocols.errors import LocalProtocolError, RemoteProtocolError
 from lattica_protocols.limits import YAMUX_ACK_BACKLOG
 from lattica_protocols.multiaddr import Multiaddr
-from lattica_protocols.noise import MAX_MESSAGE, MAX_PLAINTEXT, NoiseOpener, NoiseSealer
+from lattica_protocols.noise import MAX_MESSAGE, MAX_PLAINTEXT, NoiseOpener, NoiseSealer, NotAuthentic
 from lattica_protocols.paths.heartbeat import Heartbeat, Pace, Verdict
 from lattica_protocols.peer_id import PeerId
 from lattica_protocols.yamux import (
@@ -287,6 +287,8 @@ class MuxedConnection(Connection):
         """Turn what ends a task into the reason why the connection ended."""
         try:
             await task()
+        except NotAuthentic as error:
+            self.abort(PathAltered(f"what arrived was altered, repeated or cut on its way: {error}"))
         except RemoteProtocolError as error:
             self.session.go_away(GO_AWAY_PROTOCOL_ERROR)
             self._last_words()

@@ -91,6 +91,15 @@ class QuicTransport(Transport):
             return await self._dial_one(remotes[0], expected)
         return await self._dial_staggered(addr, remotes, expected)
 
+    def is_dialling(self, remote: Address, expected: PeerId) -> bool:
+        """Whether a handshake that we began with `expected` at `remote` goes on."""
+        return bool(self._dialled(remote, expected))
+
+    def hurry(self, remote: Address, expected: PeerId) -> None:
+        """Send what was sent of such a handshake again: the other side's NAT may have dropped it and be open now."""
+        for link in self._dialled(remote, expected):
+            link.resend_handshake()
+
     async def dial_punched(self, endpoint: Endpoint, remote: Address, expected: PeerId) -> QuicLink:
         """Dial from a certain socket, to which the other side's NAT is open."""
         return await self._settled(endpoint.connect(remote, expected))
@@ -125,6 +134,10 @@ class QuicTransport(Transport):
         return self._open(socket.AF_INET, "0.0.0.0", 0)
 
     # -- inside -------------------------------------------------------------------------------------------------------
+    def _dialled(self, remote: Address, expected: PeerId) -> list[QuicLink]:
+        links = [link for endpoint in self.endpoints for link in endpoint.links if link.is_dialling(expected)]
+        return [link for link in links if link.remote[:2] == remote[:2]]
+
     def _open(self, family: socket.AddressFamily, host: str, port: int) -> Endpoint:
         endpoint = self._make(UdpSocket(family, host, port))
         self._endpoints.append(endpoint)

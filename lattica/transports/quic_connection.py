@@ -266,6 +266,15 @@ class QuicLink(Connection):
         self._finish(ConnectionLost("the peer has lost the connection (it was restarted?)"))
         return True
 
+    def is_dialling(self, expected: PeerId) -> bool:
+        """Whether this is a handshake with `expected` that we began and that goes on."""
+        return self.direction == "outbound" and not self.settled.is_set() and self._expected == expected
+
+    def resend_handshake(self) -> None:
+        """Without waiting for the timer."""
+        self.engine.resend_handshake(trio.current_time())
+        self.mark_dirty()
+
     def doubt(self) -> None:
         super().doubt()
         if self.established and not self._over:

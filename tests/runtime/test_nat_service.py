@@ -6,6 +6,7 @@ import random
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -181,6 +182,10 @@ def test_without_a_nat_nothing_is_opened(run: Run) -> None:
                 await connect(asking, peer, "udp")
             known = await asking.discover_nat()
             assert known.mapping is Mapping.NONE
-            assert asking.nat_watch.opening_hops() == 0
+            assert asking.nat_watch.opening_hops() == asking.nat_watch.early_hops() == 0
+            firewall = replace(known, filtering=Filtering.ADDRESS_AND_PORT_DEPENDENT)
+            assert asking.nat is not None
+            asking.nat.behaviour = firewall  # has no other port to give, but drops a partner who dials before the punch
+            assert (asking.nat_watch.opening_hops(), asking.nat_watch.early_hops()) == (0, 2)
 
     run(main)

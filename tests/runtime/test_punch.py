@@ -13,17 +13,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ifaddr
 import pytest
 import trio
 import trio.testing
 from natted_nodes import circuit_to, natted_node
 from test_relay import QUIC, TCP, relay_node
 
+from lattica.errors import StreamReset
 from lattica.host import Host, PeerConnected
 from lattica.negotiate import LazyStream
 from lattica.node import Node
+from lattica.transports.quic_endpoint import Endpoint as QuicEndpoint
 from lattica_protocols.dcutr import PROTOCOL_ID, PunchExchange
+from lattica_protocols.early_punch import PROTOCOL_ID as EARLY_PROTOCOL_ID
+from lattica_protocols.early_punch import decode_offer_untrusted, encode_offer
 from lattica_protocols.multiaddr import Multiaddr
+
+OWN = Multiaddr.parse("/ip4/127.0.0.1/udp/9/quic-v1")
 
 
 class Counter:
@@ -73,6 +80,121 @@ def test_a_punch_needs_nothing_but_the_relay(run, relay_listen: str, listen: lis
             assert trio.current_time() - started < 3
             assert b.punch.reports[a.peer_id].attempts == 1
             assert str(b.punch.candidates()[0]) in " ".join(a.punch.reports[b.peer_id].tried)
+            nursery.cancel_scope.cancel()
+
+    run(main)
+
+
+def test_addresses_are_listed_without_looking_at_the_interfaces_for_each_connection(
+    run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That takes a fifth of a millisecond each time, while a punch waits."""
+    looks = 0
+
+    def counted() -> Any:
+        nonlocal looks
+        looks += 1
+        return real()
+
+    real = ifaddr.get_adapters
+    listen = ["/ip4/0.0.0.0/tcp/0"]
+
+    async def main() -> None:
+        async with relay_node(TCP) as relay, natted_node(relay, listen) as node:
+            for _ in range(5):
+                await node.host.dial(relay.peer_id, relay.host.listen_addrs())
+            while sum(c.observed_addr is not None for c in node.host.connections()) < 6:
+                await trio.lowlevel.checkpoint()
+            monkeypatch.setattr("ifaddr.get_adapters", counted)
+            assert node.punch.candidates()
+            assert looks <= len(listen)
+
+    run(main)
+
+
+# -- the head start ----------------------------------------------------------------------------------------------------
+def test_the_first_dial_does_not_wait_for_the_punch(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with (
+            relay_node(QUIC) as relay,
+            natted_node(relay, [QUIC]) as a,
+            natted_node(relay, [QUIC]) as b,
+            trio.open_nursery() as nursery,
+        ):
+            opened: list[str] = []
+
+            async def hang(*_: object) -> None:
+                await trio.sleep_forever()
+
+            monkeypatch.setattr(b.punch, "_initiate", hang)
+            b.punch.early_hops = lambda: 2
+            monkeypatch.setattr(QuicEndpoint, "send_short_lived", lambda _, data, addr, hops: opened.append(addr))
+            for node in (a, b):
+                nursery.start_soon(node.punch.run)
+            await trio.testing.wait_all_tasks_blocked()
+            await a.host.connect(None, [circuit_to(b)])
+            assert await until_direct(a, b) == await until_direct(b, a) == "quic"
+            (direct,) = [c for c in a.host.connections(b.peer_id) if c.path != "relay"]
+            assert direct.direction == "outbound"
+            (own,) = a.punch.candidates()
+            assert own.host_port()[1:] in opened  # B's NAT was opened for A
+            report = a.punch.reports[b.peer_id]
+            assert report.attempts == 0
+            assert report.tried == [f"{b.punch.candidates()[0]} (before the punch)"]
+            nursery.cancel_scope.cancel()
+
+    run(main)
+
+
+def test_a_partner_without_the_head_start_is_punched(run) -> None:
+    async def main() -> None:
+        async with (
+            relay_node(QUIC) as relay,
+            natted_node(relay, [QUIC]) as a,
+            natted_node(relay, [QUIC]) as b,
+            trio.open_nursery() as nursery,
+        ):
+            for node in (a, b):
+                nursery.start_soon(node.punch.run)
+            await trio.testing.wait_all_tasks_blocked()
+            b.host.unhandle(EARLY_PROTOCOL_ID)
+            await a.host.connect(None, [circuit_to(b)])
+            assert await until_direct(a, b) == "quic"
+            assert a.punch.reports[b.peer_id].attempts == 1
+            nursery.cancel_scope.cancel()
+
+    run(main)
+
+
+def test_an_offer_opens_nothing_for_others_and_counts_once(run) -> None:
+    """Whoever names somebody else's address has nothing sent there, and a connection is good for one offer."""
+
+    async def main() -> None:
+        async with (
+            relay_node(QUIC) as relay,
+            natted_node(relay, [QUIC]) as a,
+            natted_node(relay, [QUIC]) as b,
+            trio.open_nursery() as nursery,
+        ):
+            opened: list[str] = []
+            b.punch._open_nat = lambda targets, hops: opened.extend(str(t.addr) for t in targets)  # type: ignore[method-assign]
+            nursery.start_soon(b.punch.run)
+            await trio.testing.wait_all_tasks_blocked()
+            relayed = await a.host.connect(None, [circuit_to(b)])
+            offer = encode_offer([Multiaddr.parse("/ip4/203.0.113.9/udp/53/quic-v1"), OWN], None)
+            stream = LazyStream(await relayed.open_stream(), EARLY_PROTOCOL_ID)
+            await stream.send_frame(offer)
+            assert decode_offer_untrusted(await stream.receive_frame(4096)).addrs == tuple(b.punch.candidates())
+            assert opened == [str(OWN)]
+            again = LazyStream(await relayed.open_stream(), EARLY_PROTOCOL_ID)
+            await again.send_frame(offer)
+            with pytest.raises(StreamReset):
+                await again.receive_frame(4096)
+            direct = LazyStream(await (await a.host.connect(relay.peer_id)).open_stream(), EARLY_PROTOCOL_ID)
+            await direct.send_frame(offer)
+            with pytest.raises(StreamReset):
+                await direct.receive_frame(4096)
+            assert len(opened) == 1
             nursery.cancel_scope.cancel()
 
     run(main)

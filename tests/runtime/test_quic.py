@@ -20,7 +20,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from lattica.errors import ConnectionLost, DialError, StreamReset, WrongPeer
+from lattica.errors import ConnectionLost, DialError, PathLost, StreamReset, WrongPeer
 from lattica.transports import quic_admission, quic_connection
 from lattica.transports.quic import QuicListener, QuicTransport
 from lattica.transports.quic_connection import QuicLink
@@ -698,7 +698,11 @@ class Network:
         self.loss = 0.0
         self.max_size = 100_000
         self.client: Address | None = None
+        self.stolen: Any = None
+        """A socket from which whatever the client sends reaches the server first."""
         self.front = trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.other_front: Any = None
+        """Where the server seems to be after its NAT changed its port; what is sent to the old one is lost."""
         self.scope: trio.CancelScope | None = None
 
     @property
@@ -717,12 +721,16 @@ class Network:
                         while True:
                             data = await back.recv(65536)
                             if self.client is not None and self.passes(data):
-                                await self.front.sendto(data, self.client)
+                                await (self.other_front or self.front).sendto(data, self.client)
 
                     async with trio.open_nursery() as nursery:
                         nursery.start_soon(backwards)
                         while True:
                             data, self.client = await self.front.recvfrom(65536)
+                            if self.other_front is not None:
+                                continue
+                            if self.stolen is not None:
+                                await self.stolen.sendto(data, self.target)
                             if self.passes(data):
                                 await back.sendto(data, self.target)
 
@@ -756,6 +764,71 @@ def test_peer_behind_a_nat_that_changes_its_port(run: Run) -> None:
             stream.write(b"two")
             assert await stream.receive_exactly(3) == b"two"
             assert theirs.remote_addr != before
+
+    run(main)
+
+
+def test_who_copies_packets_does_not_get_the_connection(run: Run) -> None:
+    """A copy that arrives before the original looks like a move; nobody answers the challenge there."""
+
+    async def main() -> None:
+        async with open_network() as (pair, network):
+            ours, theirs = await pair.connect(network.addr)
+            pair.nursery.start_soon(echo, theirs)
+            stream = await ours.open_stream()
+            stream.write(b"one")
+            assert await stream.receive_exactly(3) == b"one"
+            before = theirs.remote_addr
+            with trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as thief:
+                await thief.bind(("127.0.0.1", 0))
+                network.stolen = thief
+                stream.write(b"two")
+                await until(lambda: theirs.remote_addr != before)
+                network.stolen = None
+                assert await stream.receive_exactly(3) == b"two"
+                for _ in range(20):
+                    stream.write(b"again")
+                    assert await stream.receive_exactly(5) == b"again"
+                await until(lambda: theirs.remote_addr == before)
+                taken = 0
+                thief._sock.setblocking(False)
+                while True:
+                    try:
+                        taken += len(thief._sock.recv(65536))
+                    except BlockingIOError:
+                        break
+                assert taken <= 3 * 1500, "more than three times what came from there"
+            assert not ours.closed.is_set()
+
+    run(main)
+
+
+def test_the_dialled_side_changes_its_port(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the dialler may move (RFC 9000 section 9): what comes from elsewhere is not the server's, and the silence of
+    its address ends the connection, so that the session can go on over another (`tests/nat/test_moving.py`)."""
+    monkeypatch.setattr(quic_connection, "PACE", Pace(probe=0.1, dead=0.3, keep_alive=0.2))
+
+    async def main() -> None:
+        async with open_network() as (pair, network):
+            ours, theirs = await pair.connect(network.addr)
+            stream = await ours.open_stream()
+            stream.write(b"one")
+            assert await (await theirs.accept_stream()).receive_exactly(3) == b"one"
+            with trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as elsewhere:
+                await elsewhere.bind(("127.0.0.1", 0))
+                network.other_front = elsewhere
+                before, received = ours.remote_addr, ours.received_bytes
+                push = await theirs.open_stream()
+                push.write(b"from elsewhere")
+                stream.write(b"two")
+                await until(lambda: ours.received_bytes > received)  # it did come
+                await ours.closed.wait()
+                assert ours.remote_addr == before
+            assert isinstance(ours.close_error, PathLost)
+            await theirs.closed.wait()
+            network.other_front = None
+            again, _ = await pair.connect(network.addr)
+            assert again.established
 
     run(main)
 

@@ -10,7 +10,7 @@ import pytest
 import trio
 from test_relay import QUIC, TCP, addr_of, relay_node
 
-from lattica.errors import ConnectError, ConnectionLost, LatticaError, StreamReset
+from lattica.errors import ConnectError, ConnectionLost, StreamReset
 from lattica.interfaces import Connection, Stream
 from lattica.node import Node, NodeConfig, open_node
 from lattica.relay.requests import open_circuit, reserve
@@ -263,13 +263,8 @@ def test_a_relay_that_meddles_with_bytes_is_found_out(run, does: str) -> None:
 
                 half.data_received = lie
                 with trio.move_on_after(0.5):  # what is dropped is noticed by what follows
-                    try:
-                        assert await a.rpc.call(b.peer_id, "math.double", 5) == 10
-                    except LatticaError:
-                        pass
-                if not connection.closed.is_set():
-                    with pytest.raises(LatticaError):
-                        await a.rpc.call(b.peer_id, "math.double", 6)
+                    assert await a.rpc.call(b.peer_id, "math.double", 5) == 10
+                assert await a.rpc.call(b.peer_id, "math.double", 6) == 12
                 await connection.closed.wait()
                 assert await a.rpc.call(b.peer_id, "math.double", 7) == 14  # over a new circuit
 

@@ -14,7 +14,7 @@ import trio.lowlevel
 import trio.testing
 from tcp_nodes import ALICE, ALICE_ID, BOB, BOB_ID, Node, Recorder, connected, send_forever, two_nodes
 
-from lattica.errors import ConnectionLost, DialError, PeerMisbehaved, WrongPeer
+from lattica.errors import ConnectionLost, DialError, PathAltered, PeerMisbehaved, WrongPeer
 from lattica.interfaces import Stream
 from lattica.transports import muxed, tcp, upgrade
 from lattica.transports.channel import SocketChannel, StreamChannel
@@ -256,7 +256,7 @@ def test_garbage_after_the_handshake_ends_the_connection_only(run: Run) -> None:
             ours, theirs = await pair.streams()
             pair.outbound._channel.send_now(memoryview(b"\x00\x20" + bytes(32)))
             await pair.inbound.closed.wait()
-            assert isinstance(pair.inbound.close_error, PeerMisbehaved)
+            assert isinstance(pair.inbound.close_error, PathAltered)
             with pytest.raises(ConnectionLost):
                 await theirs.receive_some()
             with pytest.raises(ConnectionLost):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lattica.nat.guesser import Guess
 from lattica.punch import PunchReport
+from lattica.transports.circuit import RelayTroubles
 from lattica_daemon.doctor import machine, peer
 from lattica_daemon.doctor.facts import Facts, Finding, Link, surroundings
 from lattica_daemon.doctor.peer import PeerFacts
@@ -137,6 +138,17 @@ def test_relays_that_refuse_are_told() -> None:
     assert "R: no room" in relays.evidence
 
 
+def test_relays_that_meddle_are_told() -> None:
+    assert "relayed-paths" not in found(facts(HOME))
+    silent = found(facts(HOME, relay_troubles={"R": RelayTroubles(silent=2, last="no answer")}))["relayed-paths"]
+    assert (silent.ok, "fell silent" in silent.detail, "R" in silent.evidence[0]) == (False, True, True)
+    both = {"R": RelayTroubles(silent=2), "S": RelayTroubles(altered=1, last="does not decrypt")}
+    altered = found(facts(HOME, relay_troubles=both))["relayed-paths"]
+    assert "through S did not arrive as it was sent" in altered.detail
+    assert "relay.relays" in altered.fix
+    assert len(altered.evidence) == 2
+
+
 def test_nobody_to_ask_is_a_problem() -> None:
     alone = Facts(listening=LISTENING)
     assert found(alone)["observers"].ok is False
@@ -204,6 +216,16 @@ def test_attempts_are_told_with_their_results() -> None:
     assert peer.check_path(direct).ok
     assert peer.check_cause(direct) is None
     assert "over quic after 0.20 s" in (peer.check_attempts(direct) or Finding("", False, "")).detail
+
+
+def test_addresses_that_nobody_proves_are_told() -> None:
+    report = PunchReport(PeerId.parse(PEER), 0.0, 1)
+    assert "claims" not in told(HOME, HOME, report=report)
+    report.unproven = ["/ip4/203.0.113.9/udp/53/quic-v1"]
+    claims = told(HOME, HOME, report=report)["claims"]
+    assert claims.ok is None
+    assert "perhaps somebody else's" in claims.detail
+    assert claims.evidence == ("named /ip4/203.0.113.9/udp/53/quic-v1",)
 
 
 def test_guesses_are_told_with_their_results() -> None:

@@ -80,6 +80,20 @@ def test_handshake_with_both_certificates(wire: Wire) -> None:
         assert engine.tls._receive_buffer == b""
 
 
+def test_a_handshake_is_sent_again_without_waiting_for_the_timer() -> None:
+    wire = Wire()
+    assert len(wire.client.transmit(wire.now)) == 1  # lost
+    wire.now += 0.04
+    assert wire.client.transmit(wire.now) == []
+    wire.client.resend_handshake(wire.now)
+    ((again, _),) = wire.client.transmit(wire.now)
+    assert len(again) >= 1200
+    wire.server.receive_datagram(again, CLIENT, wire.now)
+    wire.run()
+    assert wire.client.peer_certificates
+    assert wire.server.peer_certificates
+
+
 def test_limits_that_the_peer_is_told(wire: Wire) -> None:
     assert wire.client._remote_max_streams_bidi == wire.server._remote_max_streams_bidi == MAX_QUIC_STREAMS
     assert wire.client._remote_max_streams_uni == 0

@@ -89,6 +89,7 @@ class NatControl:
             "attempts": 0 if report is None else report.attempts,
             "tried": [] if report is None else list(report.tried),
             "errors": [] if report is None else list(report.errors),
+            "unproven": [] if report is None else list(report.unproven),
             "guesses": [] if report is None else [_guess(guess) for guess in report.guesses],
             "technique": "" if report is None else report.technique,
             "result": "" if report is None else report.result,

@@ -17,6 +17,7 @@ from lattica_protocols.nat.behaviour import NatBehaviour
 if TYPE_CHECKING:
     from lattica.node import Node
     from lattica.portmap import PortMapStatus
+    from lattica.transports.circuit import RelayTroubles
     from lattica_protocols.autonat.reach import Verdict
     from lattica_protocols.multiaddr import Multiaddr
     from lattica_protocols.stun import SocketAddr
@@ -76,6 +77,8 @@ class Facts:
     relays_wanted: int = 0
     reservations: dict[str, list[str]] = field(default_factory=dict)
     relay_errors: dict[str, str] = field(default_factory=dict)
+    relay_troubles: dict[str, RelayTroubles] = field(default_factory=dict)
+    """By relay: what befell connections through it."""
     port_mapping: PortMapStatus | None = None
     surroundings: str = ""
     """`wsl`, `container`, or nothing special."""
@@ -105,6 +108,7 @@ async def gather_facts(node: Node, *, fresh: bool = True) -> Facts:
             str(relay): [str(addr) for addr in addrs] for relay, addrs in node.relay_client.reservations().items()
         },
         relay_errors={str(relay): error for relay, error in node.relay_client.last_error.items()},
+        relay_troubles={str(relay): troubles for relay, troubles in node.circuits.troubles.items()},
         port_mapping=node.port_map.status(),
         surroundings=surroundings(),
     )

@@ -191,6 +191,28 @@ def check_relays(facts: Facts) -> Finding | None:
     return Finding("relays", False, "no relay gave us a place: nobody can begin a connection", fix, tuple(evidence))
 
 
+def check_relayed_paths(facts: Facts) -> Finding | None:
+    """Whether relays carry what they are given."""
+    altered = [relay for relay, troubles in facts.relay_troubles.items() if troubles.altered]
+    silent = [relay for relay, troubles in facts.relay_troubles.items() if troubles.silent]
+    evidence = tuple(
+        f"through {relay}: {troubles.altered} altered, {troubles.silent} fell silent; the last: {troubles.last}"
+        for relay, troubles in facts.relay_troubles.items()
+    )
+    if altered:
+        detail = (
+            f"what was sent through {', '.join(altered)} did not arrive as it was sent: the encryption noticed, "
+            "nothing of it was used, and the connections were left"
+        )
+        fix = f"do not use {'this relay' if len(altered) == 1 else 'these relays'}: name others in relay.relays"
+        return Finding("relayed-paths", False, detail, fix, evidence)
+    if silent:
+        detail = f"connections through {', '.join(silent)} fell silent while the relay itself answered; they were left"
+        fix = "if it happens again, the relay drops or holds what it should carry: name others in relay.relays"
+        return Finding("relayed-paths", False, detail, fix, evidence)
+    return None
+
+
 def check_reachable(facts: Facts) -> Finding:
     """Whether others can connect to us without any help."""
     came = [link for link in facts.links if link.direction == "inbound" and link.path != "relay"]
@@ -244,5 +266,6 @@ CHECKS: Sequence[Check] = (
     check_ipv6,
     check_observers,
     check_relays,
+    check_relayed_paths,
 )
 """In the order in which they are told: what counts first, then why."""

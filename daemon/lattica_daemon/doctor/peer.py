@@ -9,6 +9,7 @@ from typing import Any
 from lattica.punch import PunchReport
 from lattica_daemon.doctor.facts import Facts, Finding, Link
 from lattica_protocols.errors import RemoteProtocolError
+from lattica_protocols.limits import PUNCH_MAX_UNPROVEN, PUNCH_PROBES_UNPROVEN
 from lattica_protocols.nat.behaviour import Allocation, Filtering, Mapping, NatBehaviour, Ports
 from lattica_protocols.nat.punch_plan import Technique, choose_technique
 
@@ -80,6 +81,19 @@ def check_attempts(facts: PeerFacts) -> Finding | None:
     return Finding("attempts", False, f"{times} without success", "see the cause", evidence)
 
 
+def check_claims(facts: PeerFacts) -> Finding | None:
+    """Whether the peer is where it says it is."""
+    if facts.report is None or not facts.report.unproven:
+        return None
+    count = len(facts.report.unproven)
+    detail = (
+        f"the peer names {count} address{'es' if count > 1 else ''} at which nobody sees it, perhaps somebody else's: "
+        f"at most {PUNCH_MAX_UNPROVEN} of them get {PUNCH_PROBES_UNPROVEN} small datagrams each, and no more"
+    )
+    fix = "nothing where the peer has a second way out; else look at listen.announce of that peer"
+    return Finding("claims", None, detail, fix, tuple(f"named {addr}" for addr in facts.report.unproven))
+
+
 def check_cause(facts: PeerFacts) -> Finding | None:
     """Why this pair is relayed, by what both sides' NATs do."""
     if facts.is_direct or not facts.links:
@@ -125,7 +139,7 @@ def in_words(known: NatBehaviour) -> str:
     )
 
 
-CHECKS: Sequence[PeerCheck] = (check_path, check_attempts, check_cause)
+CHECKS: Sequence[PeerCheck] = (check_path, check_attempts, check_claims, check_cause)
 
 
 # -- what daemons tell each other about their NATs ---------------------------------------------------------------------

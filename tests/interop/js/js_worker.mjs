@@ -4,6 +4,7 @@ import { noise } from '@chainsafe/libp2p-noise'
 import { quic } from '@chainsafe/libp2p-quic'
 import { yamux } from '@chainsafe/libp2p-yamux'
 import { circuitRelayServer, circuitRelayTransport } from '@libp2p/circuit-relay-v2'
+import { dcutr } from '@libp2p/dcutr'
 import { identify, identifyPush } from '@libp2p/identify'
 import { kadDHT, passthroughMapper } from '@libp2p/kad-dht'
 import { peerIdFromString } from '@libp2p/peer-id'
@@ -27,6 +28,7 @@ const services = {
   })
 }
 if (settings.relay) services.relay = circuitRelayServer()
+if (settings.dcutr) services.dcutr = dcutr()
 const node = await createLibp2p({
   addresses: { listen: settings.listen },
   transports: settings.transports.map((name) => transports[name]),
@@ -50,6 +52,7 @@ const commands = {
   },
   ping: (addr) => node.services.ping.ping(multiaddr(addr), soon()),
   addrs: () => node.getMultiaddrs().map(String),
+  paths: (peer) => node.getConnections(peerIdFromString(peer)).map((connection) => connection.remoteAddr.toString()),
   known: async (peer) => {
     const found = await node.peerStore.get(peerIdFromString(peer))
     return { protocols: found.protocols, agent: new TextDecoder().decode(found.metadata.get('AgentVersion')) }
