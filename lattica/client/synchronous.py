@@ -165,7 +165,7 @@ class Client(DaemonVerbs):
         timeout: float | None,
         flags: int,
     ) -> OpenCall:
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = _deadline(timeout)
 
         def owner(link: Link) -> OpenCall:
             return OpenCall(link, method, deadline, not route)
@@ -190,7 +190,7 @@ class Client(DaemonVerbs):
             link = self.reconnect()
         if tails:
             tails = link.stage(tails)
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = _deadline(timeout)
         if threading.current_thread() is link.thread:
             raise RuntimeError("a nonblocking handler cannot call: it runs in the thread that would read the answer")
         owner = make_owner(link)
@@ -326,6 +326,11 @@ class Client(DaemonVerbs):
             except (DaemonNotRunning, ConnectionLost):
                 continue
             return
+
+
+def _deadline(timeout: float | None) -> float | None:
+    """Threads cannot wait for longer than 292 years, nor for infinity: that is no deadline."""
+    return None if timeout is None or timeout >= threading.TIMEOUT_MAX else time.monotonic() + timeout
 
 
 class _Future(Future[Any]):
