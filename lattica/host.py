@@ -402,14 +402,14 @@ class Host:
             with trio.fail_after(NEGOTIATION_TIMEOUT):
                 protocol = await accept_protocol(stream, self._handlers, pace)
             await self._handlers[protocol](stream)
-        except (LatticaError, ProtocolError, trio.TooSlowError) as error:
-            self.counters["streams_failed"] += 1
-            log.debug("stream_failed peer=%s protocol=%s error=%s", peer.short(), stream.protocol, error)
-            stream.reset()
-        except Exception:
-            # A bug in a handler must cost its stream and not the node; it is ours, so it is logged in full.
-            self.counters["handler_bugs"] += 1
-            log.exception("handler_failed peer=%s protocol=%s", peer.short(), stream.protocol)
+        except Exception as error:
+            if _is_the_peers(error):
+                self.counters["streams_failed"] += 1
+                log.debug("stream_failed peer=%s protocol=%s error=%s", peer.short(), stream.protocol, error)
+            else:
+                # A bug in a handler must cost its stream and not the node; it is ours, so it is logged in full.
+                self.counters["handler_bugs"] += 1
+                log.exception("handler_failed peer=%s protocol=%s", peer.short(), stream.protocol)
             stream.reset()
         finally:
             slots.release()
@@ -489,6 +489,13 @@ class Host:
         async with trio.open_nursery() as closing:
             for connection in self.connections():
                 closing.start_soon(connection.aclose)
+
+
+def _is_the_peers(error: Exception) -> bool:
+    """Whether a stream failed by what the peer did, or by its going away. Handlers with tasks wrap that into a group."""
+    if isinstance(error, ExceptionGroup):
+        return all(_is_the_peers(inner) for inner in error.exceptions)
+    return isinstance(error, (LatticaError, ProtocolError, trio.TooSlowError))
 
 
 @asynccontextmanager

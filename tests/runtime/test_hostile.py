@@ -494,6 +494,26 @@ def test_a_peer_that_vanishes_during_calls(attack: Callable[..., None]) -> None:
     attack(attacker)
 
 
+def test_a_peer_that_vanishes_on_any_protocol(attack: Callable[..., None]) -> None:
+    """Without a word, in the middle of one, and after nonsense: it is no bug of the handler, however it is built."""
+
+    async def attacker(victim: Watched) -> None:
+        async with honest() as node:
+            protocols = node.host.protocols()
+        assert len(protocols) >= 10
+        for opening in (b"", b"\x00", b"\x00\x00\x00\x10", b"\x05\x00\x00\x00\x00\x00", bytes(4096), b"\xff" * 4096):
+            async with honest() as node:
+                await node.host.connect(victim.peer, victim.addrs[:1])
+                for protocol in protocols:
+                    with contextlib.suppress(LatticaError):
+                        stream = await node.host.open_stream(victim.peer, protocol)
+                        stream.write(opening)
+                        with trio.move_on_after(0.1):
+                            await stream.receive_some(65536)
+
+    attack(attacker)
+
+
 # -- slowness ---------------------------------------------------------------------------------------------------------
 def test_slow_loris(attack: Callable[..., None]) -> None:
     """A byte now and then keeps neither a handshake nor a negotiation alive."""
