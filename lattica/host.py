@@ -319,7 +319,12 @@ class Host:
     async def _dial_one(self, addr: Multiaddr, peer: PeerId | None) -> Connection:
         for transport in self._transports:
             if transport.can_dial(addr):
-                return await transport.dial(addr, peer)
+                try:
+                    return await transport.dial(addr, peer)
+                except WrongPeer:
+                    if peer is not None:
+                        self.peerstore.remove_addr(peer, addr)
+                    raise
         raise DialError(f"no transport for {addr}")
 
     async def disconnect(self, peer: PeerId) -> int:
@@ -492,7 +497,7 @@ class Host:
 
 
 def _is_the_peers(error: Exception) -> bool:
-    """Whether a stream failed by what the peer did, or by its going away. Handlers with tasks wrap that into a group."""
+    """Whether a stream failed by what the peer did or its going away, which handlers with tasks wrap into a group."""
     if isinstance(error, ExceptionGroup):
         return all(_is_the_peers(inner) for inner in error.exceptions)
     return isinstance(error, (LatticaError, ProtocolError, trio.TooSlowError))

@@ -109,6 +109,12 @@ class Client(DaemonVerbs):
         self._threads.close()
         self._pool.close()
 
+    @property
+    def connected(self) -> bool:
+        """Whether the connection to the daemon is up. The next call connects when it is not."""
+        link = self._link
+        return link is not None and not link.closed
+
     # -- calls --------------------------------------------------------------------------------------------
     def call(
         self, peer: Peer | None, method: str, /, *args: object, timeout: float | None = None, **kwargs: object
