@@ -24,6 +24,7 @@ from lattica.listen_addrs import expand_wildcards
 from lattica.negotiate import LazyStream, RefusalPace, accept_protocol, select_protocol
 from lattica.peerstore import CONNECTED_TTL, FOUND_TTL, PeerInfo, Peerstore
 from lattica.session import Session
+from lattica.unread import UnreadAccount
 from lattica_protocols.errors import ProtocolError
 from lattica_protocols.limits import (
     MAX_CONNECTIONS,
@@ -114,6 +115,7 @@ class Host:
         self._upgrade_failed: dict[PeerId, float] = {}
         self._protected: Counter[PeerId] = Counter()
         self._subscribers: list[trio.MemorySendChannel[HostEvent]] = []
+        self._unread = UnreadAccount(self.connections, nursery.start_soon)
 
     # -- protocols ----------------------------------------------------------------------------------------
     def handle(self, protocol: str, handler: StreamHandler) -> None:
@@ -363,6 +365,7 @@ class Host:
             session = self._sessions[peer] = Session(peer)
             self.peerstore.pin(peer)
         session.connections.append(connection)
+        connection.on_unread = self._unread.grew
         log.debug("connected peer=%s path=%s addr=%s", peer.short(), connection.path, connection.remote_addr)
         self.nursery.start_soon(self._serve_connection, session, connection)
         self._publish(PeerConnected(peer, connection, first))

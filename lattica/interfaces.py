@@ -183,6 +183,8 @@ class Connection(ABC):
     """Set once, when the connection is gone, whoever ended it."""
     close_error: Exception | None = None
     """Why it is gone: `None` for an orderly end."""
+    on_unread: Callable[[int], None] | None = None
+    """Called with a number of bytes that arrived and wait to be read, while they are delivered."""
     _doubted_at: int | None = None
     """What `received_bytes` was when it was doubted."""
 
@@ -220,6 +222,10 @@ class Connection(ABC):
 
     def stream_count(self) -> int:
         """Streams open now, both directions."""
+        return 0
+
+    def unread(self) -> int:
+        """Bytes of all streams that arrived and were not read."""
         return 0
 
 
