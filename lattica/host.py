@@ -24,6 +24,7 @@ from lattica.listen_addrs import expand_wildcards
 from lattica.negotiate import LazyStream, RefusalPace, accept_protocol, select_protocol
 from lattica.peerstore import CONNECTED_TTL, FOUND_TTL, PeerInfo, Peerstore
 from lattica.session import Session
+from lattica.unread import UnreadAccount
 from lattica_protocols.errors import ProtocolError
 from lattica_protocols.limits import (
     MAX_CONNECTIONS,
@@ -116,6 +117,7 @@ class Host:
         self._upgrade_failed: dict[PeerId, float] = {}
         self._protected: Counter[PeerId] = Counter()
         self._subscribers: list[trio.MemorySendChannel[HostEvent]] = []
+        self._unread = UnreadAccount(self.connections, nursery.start_soon)
 
     # -- protocols ----------------------------------------------------------------------------------------
     def handle(self, protocol: str, handler: StreamHandler) -> None:
@@ -344,7 +346,12 @@ class Host:
     async def _dial_one(self, addr: Multiaddr, peer: PeerId | None) -> Connection:
         for transport in self._transports:
             if transport.can_dial(addr):
-                return await transport.dial(addr, peer)
+                try:
+                    return await transport.dial(addr, peer)
+                except WrongPeer:
+                    if peer is not None:
+                        self.peerstore.remove_addr(peer, addr)
+                    raise
         raise DialError(f"no transport for {addr}")
 
     async def disconnect(self, peer: PeerId) -> int:
@@ -383,6 +390,7 @@ class Host:
             session = self._sessions[peer] = Session(peer)
             self.peerstore.pin(peer)
         session.connections.append(connection)
+        connection.on_unread = self._unread.grew
         log.debug("connected peer=%s path=%s addr=%s", peer.short(), connection.path, connection.remote_addr)
         self.nursery.start_soon(self._serve_connection, session, connection)
         self._publish(PeerConnected(peer, connection, first))
@@ -427,14 +435,14 @@ class Host:
             with trio.fail_after(NEGOTIATION_TIMEOUT):
                 protocol = await accept_protocol(stream, self._handlers, pace)
             await self._handlers[protocol](stream)
-        except (LatticaError, ProtocolError, trio.TooSlowError) as error:
-            self.counters["streams_failed"] += 1
-            log.debug("stream_failed peer=%s protocol=%s error=%s", peer.short(), stream.protocol, error)
-            stream.reset()
-        except Exception:
-            # A bug in a handler must cost its stream and not the node; it is ours, so it is logged in full.
-            self.counters["handler_bugs"] += 1
-            log.exception("handler_failed peer=%s protocol=%s", peer.short(), stream.protocol)
+        except Exception as error:
+            if _is_the_peers(error):
+                self.counters["streams_failed"] += 1
+                log.debug("stream_failed peer=%s protocol=%s error=%s", peer.short(), stream.protocol, error)
+            else:
+                # A bug in a handler must cost its stream and not the node; it is ours, so it is logged in full.
+                self.counters["handler_bugs"] += 1
+                log.exception("handler_failed peer=%s protocol=%s", peer.short(), stream.protocol)
             stream.reset()
         finally:
             slots.release()
@@ -514,6 +522,13 @@ class Host:
         async with trio.open_nursery() as closing:
             for connection in self.connections():
                 closing.start_soon(connection.aclose)
+
+
+def _is_the_peers(error: Exception) -> bool:
+    """Whether a stream failed by what the peer did or its going away, which handlers with tasks wrap into a group."""
+    if isinstance(error, ExceptionGroup):
+        return all(_is_the_peers(inner) for inner in error.exceptions)
+    return isinstance(error, (LatticaError, ProtocolError, trio.TooSlowError))
 
 
 @asynccontextmanager

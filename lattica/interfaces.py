@@ -185,6 +185,8 @@ class Connection(ABC):
     """Why it is gone: `None` for an orderly end."""
     for_bulk: bool = False
     """Set apart for bulk: calls take another connection with the same peer, so that they do not queue behind it."""
+    on_unread: Callable[[int], None] | None = None
+    """Called with a number of bytes that arrived and wait to be read, while they are delivered."""
     _doubted_at: int | None = None
     """What `received_bytes` was when it was doubted."""
 
@@ -222,6 +224,10 @@ class Connection(ABC):
 
     def stream_count(self) -> int:
         """Streams open now, both directions."""
+        return 0
+
+    def unread(self) -> int:
+        """Bytes of all streams that arrived and were not read."""
         return 0
 
 

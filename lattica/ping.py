@@ -35,6 +35,7 @@ class PingService:
                     break
                 rest = await stream.receive_exactly(SIZE - len(first)) if len(first) < SIZE else b""
             await stream.send_all(first + rest)
+            await trio.lowlevel.checkpoint()  # thousands may have come at once: others have their turn in between
         await stream.aclose()
 
     async def ping(self, peer: PeerId, *, timeout: float = 10.0, connection: Connection | None = None) -> float:

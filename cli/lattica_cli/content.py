@@ -8,7 +8,20 @@ from typing import Any
 
 import typer
 
-from lattica_cli.context import State, daemon, parse_cid, rate, say, size, table, warn
+from lattica_cli.context import (
+    MAX_SECONDS,
+    State,
+    daemon,
+    parse_cid,
+    parse_path,
+    parse_peer,
+    rate,
+    say,
+    seconds,
+    size,
+    table,
+    warn,
+)
 from lattica_cli.progress import Progress
 
 
@@ -28,10 +41,11 @@ def share(
     for path in found:
         if not path.exists():
             raise typer.BadParameter(f"there is no file {path}.")
+    sent = [parse_path(str(path)) for path in found]
     results = []
     with daemon(state) as lat:
-        for path in found:
-            done = follow(lat.daemon_stream("share", str(path.absolute())), f"share {path.name}", quiet=state.json)
+        for path, absolute in zip(found, sent, strict=True):
+            done = follow(lat.daemon_stream("share", absolute), f"share {path.name}", quiet=state.json)
             results.append({"path": str(path), **done})
             if not state.json:
                 say(done["cid"])
@@ -46,16 +60,17 @@ def get(
     cid: str,
     output: str = typer.Option(..., "--output", "-o", metavar="PATH", help="Where to write it."),
     peer: list[str] = typer.Option([], "--from", metavar="PEER", help="Ask these peers, besides those found."),
-    timeout: float = typer.Option(0.0, help="Seconds for the whole; 0 for no limit."),
+    timeout: float = typer.Option(0.0, min=0.0, max=MAX_SECONDS, help="Seconds for the whole; 0 for no limit."),
 ) -> None:
     """Fetch CID from whoever has it. A fetch that was broken off goes on where it stopped."""
     state = State.of(ctx)
     wanted = str(parse_cid(cid))
     target = Path(output).absolute()
+    sources, path = [str(parse_peer(text)) for text in peer], parse_path(output)
     if not target.parent.is_dir():
         raise typer.BadParameter(f"there is no folder {target.parent}.")
     with daemon(state) as lat:
-        events = lat.daemon_stream("fetch", wanted, str(target), peer, timeout or None)
+        events = lat.daemon_stream("fetch", wanted, path, sources, timeout or None)
         done = follow(events, f"get {target.name}", quiet=state.json)
 
     def human() -> None:
@@ -70,7 +85,7 @@ def get(
     state.emit(done, human)
 
 
-def providers(ctx: typer.Context, cid: str, timeout: float = typer.Option(30.0, help="Seconds to search.")) -> None:
+def providers(ctx: typer.Context, cid: str, timeout: float = seconds(30.0, help="Seconds to search.")) -> None:
     """Who has CID, from the network."""
     state = State.of(ctx)
     wanted = str(parse_cid(cid))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import typer
 
@@ -41,11 +42,18 @@ class State:
 
 @contextmanager
 def daemon(state: State) -> Iterator[Client]:
-    """A connection to the daemon of the home. Raises `DaemonNotRunning` (exit code 3)."""
+    """A connection to the daemon of the home. Raises `DaemonNotRunning` (exit code 3), also when it dies meanwhile."""
     import lattica
 
     with lattica.connect(home=state.home) as connection:
-        yield connection
+        try:
+            yield connection
+        except lattica.ConnectionLost as error:
+            if connection.connected:  # what was lost is a connection to some peer
+                raise
+            raise lattica.DaemonNotRunning(
+                "the daemon went away before it was done; start it again with 'lattica up', then repeat the command"
+            ) from error
 
 
 def say(text: str = "") -> None:
@@ -60,7 +68,11 @@ def warn(text: str) -> None:
 
 def print_json(data: object) -> None:
     """One JSON value on one line, flushed: a reader at the other end of a pipe may wait for it."""
-    sys.stdout.write(json.dumps(data, ensure_ascii=False, default=_plain) + "\n")
+    text = json.dumps(data, ensure_ascii=False, default=_plain)
+    try:
+        sys.stdout.write(text + "\n")
+    except UnicodeEncodeError:  # a terminal without UTF-8, or a file name that is none
+        sys.stdout.write(json.dumps(data, default=_plain) + "\n")
     sys.stdout.flush()
 
 
@@ -120,6 +132,23 @@ def rate(n: float, seconds: float) -> str:
 
 
 # -- arguments: refused here with exit code 2, before a daemon is asked ----------------------------------------------
+MAX_SECONDS: Final = 1e8
+"""Three years: whoever has more patience does not give a timeout."""
+
+
+def seconds(default: float, *, help: str) -> Any:
+    """An option for a timeout: not nothing, and neither NaN nor infinity."""
+    return typer.Option(default, min=0.001, max=MAX_SECONDS, help=help)
+
+
+def parse_path(text: str) -> str:
+    """A path as the daemon takes it: absolute, and UTF-8 whatever the locale of this process is."""
+    try:
+        return os.fsencode(os.path.abspath(text)).decode("utf-8")
+    except UnicodeDecodeError:
+        raise typer.BadParameter(f"{text!a}: the name is not UTF-8, rename it.") from None
+
+
 def parse_peer(text: str) -> PeerId:
     """A peer id in either text form."""
     from lattica_protocols.peer_id import PeerId

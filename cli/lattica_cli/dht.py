@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import typer
 
-from lattica_cli.context import State, daemon, say
+from lattica_cli.context import State, daemon, say, seconds
+
+MAX_TTL = 30 * 24 * 3600.0
+"""Seconds: other peers refuse records that live longer."""
 
 dht_app = typer.Typer(no_args_is_help=True, help="Small signed values; the routing table.")
 
@@ -18,8 +21,8 @@ def put(
     ctx: typer.Context,
     key: str,
     value: str,
-    ttl: float = typer.Option(0.0, help="Seconds it is valid; 0 for the default."),
-    timeout: float = typer.Option(30.0, help="Seconds to store it."),
+    ttl: float = typer.Option(0.0, min=0.0, max=MAX_TTL, help="Seconds it is valid; 0 for the default."),
+    timeout: float = seconds(30.0, help="Seconds to store it."),
 ) -> None:
     """Store VALUE under KEY, signed by this peer. Others read it as PEER/KEY, this peer as KEY."""
     state = State.of(ctx)
@@ -29,7 +32,7 @@ def put(
 
 
 @dht_app.command("get")
-def get(ctx: typer.Context, key: str, timeout: float = typer.Option(30.0, help="Seconds to search.")) -> None:
+def get(ctx: typer.Context, key: str, timeout: float = seconds(30.0, help="Seconds to search.")) -> None:
     """The newest valid value under KEY (one's own) or PEER/KEY."""
     state = State.of(ctx)
     with daemon(state) as lat:

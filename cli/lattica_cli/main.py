@@ -61,6 +61,8 @@ def options(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code. Errors are one line on standard error."""
+    if sys.stdout is None:  # closed by whoever started us: nobody wants to read
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as the process
     arguments = hoist_global_options(list(sys.argv[1:] if argv is None else argv))
     try:
         code = app(arguments, prog_name="lattica", standalone_mode=False)
@@ -79,7 +81,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = exit_code(error)
         if code is None:
             raise
-        return _fail(str(error) or type(error).__name__, code)
+        return _fail(_message(error), code)
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) or type(error).__name__
 
 
 def exit_code(error: Exception) -> int | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from lattica_cli.context import State, daemon, parse_peer, say, table
+from lattica_cli.context import State, daemon, parse_peer, say, seconds, table
 
 _MARKS = {True: "ok     ", False: "problem", None: "unknown"}
 
@@ -50,7 +50,7 @@ def nat(
 def doctor(
     ctx: typer.Context,
     peer: str = typer.Argument("", metavar="[PEER]", help="Look at the path to this peer."),
-    timeout: float = typer.Option(40.0, help="Seconds to examine."),
+    timeout: float = seconds(40.0, help="Seconds to examine."),
 ) -> None:
     """Why connections are as they are, in words, and what to change."""
     state = State.of(ctx)

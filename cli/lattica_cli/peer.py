@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from lattica_cli.context import State, daemon, parse_address, parse_peer, say, size, table, warn
+from lattica_cli.context import State, daemon, parse_address, parse_peer, say, seconds, size, table, warn
 
 peer_app = typer.Typer(no_args_is_help=True, help="Connect, find, ping and admit single peers.")
 
@@ -41,7 +41,7 @@ def peers(ctx: typer.Context) -> None:
 
 
 @peer_app.command("connect")
-def connect(ctx: typer.Context, addr: str, timeout: float = typer.Option(20.0, help="Seconds to try.")) -> None:
+def connect(ctx: typer.Context, addr: str, timeout: float = seconds(20.0, help="Seconds to try.")) -> None:
     """Connect to the peer at ADDR, e.g. /ip4/192.0.2.1/tcp/4101/p2p/12D3Koo…; a bare peer id is looked up first."""
     state = State.of(ctx)
     target = str(parse_address(addr) if addr.startswith("/") else parse_peer(addr))
@@ -61,7 +61,7 @@ def disconnect(ctx: typer.Context, peer: str) -> None:
 
 
 @peer_app.command("find")
-def find(ctx: typer.Context, peer: str, timeout: float = typer.Option(30.0, help="Seconds to search.")) -> None:
+def find(ctx: typer.Context, peer: str, timeout: float = seconds(30.0, help="Seconds to search.")) -> None:
     """Where PEER is, from the network."""
     state = State.of(ctx)
     target = str(parse_peer(peer))
@@ -75,7 +75,7 @@ def ping(
     ctx: typer.Context,
     peer: str,
     count: int = typer.Option(4, "--count", "-c", min=1, max=1000, help="How many."),
-    timeout: float = typer.Option(10.0, help="Seconds for each answer."),
+    timeout: float = seconds(10.0, help="Seconds for each answer."),
 ) -> None:
     """Round-trip times to PEER over the path in use."""
     state = State.of(ctx)

@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from lattica_cli.context import State, daemon, parse_peer, print_json, say
+from lattica_cli.context import State, daemon, parse_peer, print_json, say, seconds
 
 rpc_app = typer.Typer(no_args_is_help=True, help="Call methods of other peers.")
 
@@ -22,7 +22,7 @@ def call(
     peer: str,
     method: str = typer.Argument(..., metavar="SERVICE.METHOD"),
     arguments: list[str] = typer.Argument(None, metavar="[JSON…]", help="Positional arguments, each as JSON."),
-    timeout: float = typer.Option(30.0, help="Seconds for the call."),
+    timeout: float = seconds(30.0, help="Seconds for the call."),
 ) -> None:
     """Call SERVICE.METHOD of PEER with JSON arguments and print the result as JSON."""
     state = State.of(ctx)
@@ -43,7 +43,7 @@ def _value(text: str) -> Any:
 
 
 @rpc_app.command("services")
-def services(ctx: typer.Context, peer: str, timeout: float = typer.Option(30.0, help="Seconds to ask.")) -> None:
+def services(ctx: typer.Context, peer: str, timeout: float = seconds(30.0, help="Seconds to ask.")) -> None:
     """What PEER offers."""
     state = State.of(ctx)
     target = str(parse_peer(peer))

@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LatticaError as error:
         return _fail(error, EXIT_FAILED)
     except OSError as error:  # an address in use, a disk that is full: the system's own words, without its number
-        return _fail(LatticaError(error.strerror or str(error)), EXIT_FAILED)
+        words = error.strerror or str(error)
+        return _fail(LatticaError(f"{error.filename}: {words}" if error.filename else words), EXIT_FAILED)
 
 
 def _run(

@@ -268,6 +268,8 @@ class Download:
         target = self.dest or store.data_directory / str(self.cid)
         if target.is_dir():
             raise StorageError(f"{target} is a directory: name a file in it")
+        if target.exists() and not target.is_file():  # a rename would put the file in place of the device
+            raise StorageError(f"{target} is no regular file and stays what it is: name another")
         path = part_path(target, self.cid)
         part = self._part = await trio.to_thread.run_sync(PartFile, path, manifest)
         seeds = [p for p in (old_path, target) if p is not None and p != path]

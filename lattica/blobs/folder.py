@@ -143,6 +143,8 @@ class _Nobody:
 
 def _make_directories(dest: Path, manifest: FolderManifest) -> None:
     """The directories of a folder. None of them may be a link that leads elsewhere."""
+    if dest.exists() and not dest.is_dir():
+        raise StorageError(f"{dest} is a file, and what is fetched is a folder: name another place")
     with storage_errors(dest):
         dest.mkdir(exist_ok=True)
         for parent in sorted({Path(entry.path).parent for entry in manifest.entries}):

@@ -26,7 +26,7 @@ from lattica.blobs.reader import ChunkReader, verify_blob
 from lattica.blobs.serve import Server
 from lattica.blobs.sharing import Shared, share_path
 from lattica.blobs.store import RAW_BLOCK, BlobInfo, BlobStore, VerifyReport
-from lattica.errors import InvalidArgument, LatticaError
+from lattica.errors import InvalidArgument, LatticaError, StorageError
 from lattica_protocols.blobs import PROTOCOL
 from lattica_protocols.blobs.chunk_set import ChunkSet
 from lattica_protocols.blobs.manifest import FolderManifest, Manifest, is_supported
@@ -209,6 +209,8 @@ class BlobService:
         def work() -> None:
             self.store.put_objects([(cid.multihash, data)])
             self.store.add(cid, RAW_BLOCK, len(data), ChunkSet(0))
+            if dest is not None and dest.exists() and not dest.is_file():
+                raise StorageError(f"{dest} is no regular file and stays what it is: name another")
             if dest is not None:
                 temporary = dest.with_name(f".{dest.name}.part")
                 with storage_errors(dest):

@@ -10,9 +10,10 @@ import anyio
 import anyio.to_thread
 
 from lattica.client.async_items import ItemReader, ItemWriter
+from lattica.client.loops import cancelled
 from lattica.client.wire import HANDLER_THREADS, caller_of, decode_request, handler_error
 from lattica.errors import CallCancelled
-from lattica.rpc.methods import Method, Style
+from lattica.rpc.methods import Method, Style, run_in_thread
 from lattica.rpc.server import _caller
 from lattica_protocols.rpc.calls import Call
 from lattica_protocols.rpc.frames import (
@@ -181,7 +182,7 @@ class InboundCall:
                 await self._run_thread_stream()
                 return
             else:
-                work = partial(method.function, *self._args, **self._kwargs)
+                work = partial(run_in_thread, method.function, *self._args, **self._kwargs)
                 result = await anyio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=self._threads)
             head, tails = encode_value(result)
             del result
@@ -192,9 +193,12 @@ class InboundCall:
             self._respond(head, tails)
         except (Exception, SystemExit) as error:  # whatever the handler raises is the caller's answer, and its alone
             self._fail(handler_error(error, method, self._args, self._kwargs))
-        except BaseException:
-            self._fail((CANCELLED, "Cancelled", f"{call.method} was cancelled by its worker"))
-            raise
+        except BaseException as error:
+            if cancelled() or isinstance(error, (KeyboardInterrupt, GeneratorExit, BaseExceptionGroup)):
+                self._fail((CANCELLED, "Cancelled", f"{call.method} was cancelled by its worker"))
+                raise
+            # A CancelledError of something that the handler waited for, not its own: no reason to end the worker.
+            self._fail(handler_error(error, method, self._args, self._kwargs))
         finally:
             self._args, self._kwargs = [], {}
 
@@ -228,7 +232,7 @@ class InboundCall:
         generator: Iterator[Any] = self._method.function(*self._args, **self._kwargs)
         done = object()
         while True:
-            step = partial(next, generator, done)
+            step = partial(run_in_thread, next, generator, done)
             item = await anyio.to_thread.run_sync(step, abandon_on_cancel=True, limiter=self._threads)
             if item is done:
                 break

@@ -56,7 +56,7 @@ def _run(
         value, tails = encode_value(result)
         del result
         _respond(link, call, value, tails, threads)
-    except (Exception, SystemExit) as error:  # whatever the handler raises is the caller's answer, and its alone
+    except BaseException as error:  # whatever the handler raises is the caller's answer; no signal arrives in threads
         _fail(link, call, handler_error(error, method, args, kwargs))
     finally:
         _caller.reset(token)

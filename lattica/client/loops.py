@@ -55,6 +55,21 @@ def current_loop() -> Loop:
     return _TrioLoop() if sniffio.current_async_library() == "trio" else _AsyncioLoop()
 
 
+def cancelled() -> bool:
+    """Whether the calling task is being cancelled, by a scope or (asyncio) by `Task.cancel`."""
+    import anyio
+    import sniffio
+
+    if anyio.current_effective_deadline() == float("-inf"):
+        return True
+    if sniffio.current_async_library() == "trio":
+        return False
+    import asyncio
+
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
 class _TrioGate:
     __slots__ = ("_opened", "_task")
 

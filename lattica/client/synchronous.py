@@ -109,6 +109,12 @@ class Client(DaemonVerbs):
         self._threads.close()
         self._pool.close()
 
+    @property
+    def connected(self) -> bool:
+        """Whether the connection to the daemon is up. The next call connects when it is not."""
+        link = self._link
+        return link is not None and not link.closed
+
     # -- calls --------------------------------------------------------------------------------------------
     def call(
         self, peer: Peer | None, method: str, /, *args: object, timeout: float | None = None, **kwargs: object
@@ -165,7 +171,7 @@ class Client(DaemonVerbs):
         timeout: float | None,
         flags: int,
     ) -> OpenCall:
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = _deadline(timeout)
 
         def owner(link: Link) -> OpenCall:
             return OpenCall(link, method, deadline, not route)
@@ -190,7 +196,7 @@ class Client(DaemonVerbs):
             link = self.reconnect()
         if tails:
             tails = link.stage(tails)
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = _deadline(timeout)
         if threading.current_thread() is link.thread:
             raise RuntimeError("a nonblocking handler cannot call: it runs in the thread that would read the answer")
         owner = make_owner(link)
@@ -326,6 +332,11 @@ class Client(DaemonVerbs):
             except (DaemonNotRunning, ConnectionLost):
                 continue
             return
+
+
+def _deadline(timeout: float | None) -> float | None:
+    """Threads cannot wait for longer than 292 years, nor for infinity: that is no deadline."""
+    return None if timeout is None or timeout >= threading.TIMEOUT_MAX else time.monotonic() + timeout
 
 
 class _Future(Future[Any]):

@@ -68,6 +68,14 @@ class HandlerThreads:
             threading.Thread(target=self._work, name=f"{self._name}-{self._count}", daemon=True).start()
 
     def _work(self) -> None:
+        try:
+            self._run_jobs()
+        except BaseException:
+            with self._mutex:  # or so many bad jobs would leave no thread to run the good ones
+                self._count -= 1
+            raise
+
+    def _run_jobs(self) -> None:
         parked = threading.Lock()
         parked.acquire()
         jobs = self._jobs

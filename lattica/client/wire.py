@@ -21,7 +21,7 @@ from lattica.errors import (
 from lattica.local.channel import FEATURES, LOCAL_LIMITS
 from lattica.local.memfd import SegmentPool
 from lattica.rpc.methods import Method
-from lattica.rpc.status import error_from_head_untrusted, status_of
+from lattica.rpc.status import error_from_head_untrusted, message_of, status_of
 from lattica_protocols.errors import LocalProtocolError, RemoteProtocolError
 from lattica_protocols.limits import LOCAL_FD_OVER, LOCAL_MAX_SERVICE_NAME
 from lattica_protocols.rpc.calls import Call
@@ -101,7 +101,7 @@ def encode_call(
     try:
         return encode_args(args, kwargs)
     except LocalProtocolError as error:
-        raise InvalidArgument(f"an argument of {method} {error}") from error
+        raise InvalidArgument(f"an argument of {method}: {error}") from error
 
 
 def stage(pool: SegmentPool, tails: Sequence[Buffer], over: int | None) -> Sequence[Buffer]:
@@ -170,9 +170,9 @@ def handler_error(
 ) -> tuple[int, str, str]:
     """`(code, kind, message)` for what a handler raised, or for a result that cannot be sent."""
     if isinstance(error, LocalProtocolError):
-        return RESOURCE_EXHAUSTED, "InvalidResult", f"the result {error}"
+        return RESOURCE_EXHAUSTED, "InvalidResult", f"the result: {error}"
     if isinstance(error, TypeError) and not method.accepts(args, kwargs):
-        return INVALID_ARGUMENT, "InvalidArgument", str(error)
+        return INVALID_ARGUMENT, "InvalidArgument", message_of(error)
     return status_of(error)
 
 

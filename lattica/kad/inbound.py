@@ -75,4 +75,5 @@ class Inbound:
         if answer is not None:
             with trio.fail_after(SEND_TIMEOUT):
                 await stream.send_frame(encode_answer(answer))
+        await trio.lowlevel.checkpoint()  # many requests may have come at once: others have their turn in between
         return True

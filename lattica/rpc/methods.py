@@ -23,6 +23,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeVar
 
+from lattica.errors import RemoteError
+from lattica.rpc.status import message_of
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -74,6 +77,17 @@ class Method:
         except ValueError:  # a built-in without a signature
             return True
         return True
+
+
+def run_in_thread(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """Run a plain method in a thread. What is no `Exception` (`KeyboardInterrupt`, the `CancelledError` of a loop that
+    the method ran) becomes a `RemoteError`: in the loop that waits for the thread it would mean something else."""
+    try:
+        return function(*args, **kwargs)
+    except Exception:
+        raise
+    except BaseException as error:
+        raise RemoteError(message_of(error), type(error).__name__) from error
 
 
 def methods_of(service: object) -> dict[str, Method]:

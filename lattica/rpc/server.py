@@ -12,9 +12,9 @@ import trio
 from lattica.errors import CallCancelled
 from lattica.rpc.channel import Speaker
 from lattica.rpc.items import ItemReader, ItemWriter
-from lattica.rpc.methods import Method, Style
+from lattica.rpc.methods import Method, Style, run_in_thread
 from lattica.rpc.pool import Job
-from lattica.rpc.status import status_of
+from lattica.rpc.status import message_of, status_of
 from lattica_protocols.errors import LocalProtocolError, RemoteProtocolError
 from lattica_protocols.rpc.calls import Call
 from lattica_protocols.rpc.frames import (
@@ -146,7 +146,7 @@ class InboundCall(Job):
                 await self._run_thread_stream()
                 return
             else:
-                work = partial(self._method.function, *self._args, **self._kwargs)
+                work = partial(run_in_thread, self._method.function, *self._args, **self._kwargs)
                 result = await trio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=self._threads)
             head, tails = encode_value(result)
             if channel.congested():
@@ -159,6 +159,10 @@ class InboundCall(Job):
             raise
         except (Exception, SystemExit) as error:  # whatever the handler raises is the caller's answer, and its alone
             self._fail(error)
+        except BaseException as error:
+            if isinstance(error, (KeyboardInterrupt, GeneratorExit, BaseExceptionGroup)):
+                raise
+            self._fail(error)  # such as asyncio's CancelledError: it means nothing here
         finally:
             call.owner = None  # no cycle for the garbage collector
 
@@ -170,12 +174,12 @@ class InboundCall(Job):
         else:
             machine.respond(call, head, tails)
 
-    def _fail(self, error: Exception | SystemExit) -> None:
+    def _fail(self, error: BaseException) -> None:
         machine = self._channel.machine
         if isinstance(error, LocalProtocolError):
             machine.fail(self._call, RESOURCE_EXHAUSTED, "InvalidResult", f"the result: {error}")
         elif isinstance(error, TypeError) and not self._method.accepts(self._args, self._kwargs):
-            machine.fail(self._call, INVALID_ARGUMENT, "InvalidArgument", str(error))
+            machine.fail(self._call, INVALID_ARGUMENT, "InvalidArgument", message_of(error))
         else:
             machine.fail(self._call, *status_of(error))
         self._channel.flush()
@@ -197,7 +201,8 @@ class InboundCall(Job):
         generator: Iterator[Any] = self._method.function(*self._args, **self._kwargs)
         done = object()
         while True:
-            item = await trio.to_thread.run_sync(next, generator, done, abandon_on_cancel=True, limiter=self._threads)
+            step = partial(run_in_thread, next, generator, done)
+            item = await trio.to_thread.run_sync(step, abandon_on_cancel=True, limiter=self._threads)
             if item is done:
                 break
             await self._writer.send(item)

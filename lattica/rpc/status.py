@@ -46,7 +46,15 @@ def status_of(error: BaseException) -> tuple[int, str, str]:
     else:
         code = frames.HANDLER_RAISED
     kind = error.kind if isinstance(error, RemoteError) else type(error).__name__
-    return code, kind, str(error)
+    return code, kind, message_of(error)
+
+
+def message_of(error: BaseException) -> str:
+    """`str(error)`, which is code of whoever wrote the exception's class and may itself raise."""
+    try:
+        return str(error)
+    except Exception as second:
+        return f"its text cannot be made: {type(second).__name__}"
 
 
 def forward_status_of(error: LatticaError) -> tuple[int, str, str]:

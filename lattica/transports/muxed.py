@@ -182,6 +182,9 @@ class MuxedConnection(Connection):
         self.wake_writer()
         return stream
 
+    def unread(self) -> int:
+        return self.unread_bytes
+
     def stream_count(self) -> int:
         return len(self.session.streams)
 

@@ -284,6 +284,8 @@ class MuxedStream(Stream):
     def _keep(self, data: memoryview) -> None:
         self._buffer += data
         self._connection.unread_bytes += len(data)
+        if self._connection.on_unread is not None:
+            self._connection.on_unread(len(data))
         if self._connection.unread_bytes > YAMUX_MAX_BUFFERED:
             self._drop_buffer()
             self._abort(StreamReset(f"over {YAMUX_MAX_BUFFERED} bytes of this connection wait to be read"))

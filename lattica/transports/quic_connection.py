@@ -71,6 +71,7 @@ class QuicLink(Connection):
         self.remote = remote
         self.remote_addr = to_multiaddr(remote)
         self.opened_at = trio.current_time()
+        self._unread_told = 0
         self.source: bytes | None = None
         """The local address datagrams came to, to answer from the same one."""
         self.connection_ids: set[bytes] = set()
@@ -128,6 +129,9 @@ class QuicLink(Connection):
         self._finish(error)
         self._endpoint.transmit_now(self)
 
+    def unread(self) -> int:
+        return self.engine.unread_bytes()
+
     def stream_count(self) -> int:
         return len(self._streams)
 
@@ -181,6 +185,10 @@ class QuicLink(Connection):
         addr = engine.get_peer_address()
         if addr is not None and addr != self.remote:
             self._moved(addr, now)
+        if self.on_unread is not None:
+            before, self._unread_told = self._unread_told, engine.unread_bytes()
+            if self._unread_told > before:
+                self.on_unread(self._unread_told - before)
 
     def handle_timer(self, now: float) -> None:
         """The deadline that `next_timeout` named has come, or may have."""

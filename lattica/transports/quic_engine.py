@@ -323,6 +323,10 @@ class Engine(BulkPaths):
             stream.receiver.stop(error_code)
 
     # -- flow control -------------------------------------------------------------------------------------------------
+    def unread_bytes(self) -> int:
+        """What the peer has sent by its own account and the application has not taken, gaps included."""
+        return self._local_max_data.used - self._consumed_total
+
     def consumed(self, stream_id: int, count: int) -> bool:
         """The application took `count` bytes: the peer may send as many more. True when there is an update to send."""
         stream = self._streams.get(stream_id)

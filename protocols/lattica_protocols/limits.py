@@ -84,6 +84,9 @@ MAX_CONNECTIONS_PER_PEER = 8
 """TCP, QUIC and relayed, each in both directions, and two to spare while paths change."""
 MAX_INBOUND_STREAMS_PER_CONNECTION = 512
 """Inbound streams served at once; go and rust allow 256 per connection, content transfers open more for a moment."""
+MAX_UNREAD_BYTES = 128 << 20
+"""Bytes that arrived on all connections together and that nobody has read: 512 stalled streams at yamux's first window.
+Bulk is read as it comes, so an honest node holds a few MiB."""
 NEGOTIATION_TIMEOUT = 10.0
 """Seconds a peer may take for multistream-select. rust-libp2p uses 10 s."""
 

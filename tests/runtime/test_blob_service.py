@@ -627,6 +627,21 @@ def test_destinations_that_cannot_be_written(run: Run, tmp_path: Path) -> None:
                 await bob.fetch(cid, tmp_path / "dir")
             with pytest.raises(StorageError, match="No such file"):
                 await bob.fetch(cid, tmp_path / "missing" / "x.bin")
+            pipe = tmp_path / "pipe"
+            os.mkfifo(pipe)
+            (tmp_path / "link").symlink_to(pipe)
+            raw = await bob.fetch(cid, tmp_path / "fetched")  # from here on nothing has to be fetched
+            assert raw.bytes == 2 * CHUNK_BYTES
+            for place in (pipe, tmp_path / "link"):
+                with pytest.raises(StorageError, match="no regular file"):
+                    await bob.fetch(cid, place)
+            assert pipe.is_fifo()
+            folder = tmp_path / "folder"
+            folder.mkdir()
+            (folder / "a").write_bytes(b"a")
+            of_files = (await alice.share(folder)).cid
+            with pytest.raises(StorageError, match="is a file"):
+                await bob.fetch(of_files, tmp_path / "fetched")
 
     run(main)
 

@@ -107,6 +107,18 @@ def test_without_a_command_the_help_is_shown(lattica: Run) -> None:
         ["get", "notacid", "-o", "x"],
         ["get", CID],
         ["get", CID, "-o", "/no/such/folder/x"],
+        ["get", CID, "-o", "x", "--from", "nobody"],
+        ["get", CID, "-o", "x", "--timeout", "-1"],
+        ["get", CID, "-o", "x", "--timeout", "nan"],
+        ["get", CID, "-o", "x\udcff"],
+        ["rpc", "call", PEER, "a.b", "--timeout", "nan"],
+        ["rpc", "services", PEER, "--timeout", "inf"],
+        ["peer", "connect", PEER, "--timeout", "0"],
+        ["providers", CID, "--timeout", "-inf"],
+        ["dht", "put", "k", "v", "--ttl", "nan"],
+        ["dht", "put", "k", "v", "--ttl", "-1"],
+        ["dht", "get", "k", "--timeout", "nan"],
+        ["doctor", "--timeout", "nan"],
         ["providers", "Qm0"],
         ["peer", "connect", "/ip4/1.2.3/tcp/1"],
         ["peer", "connect", "nobody"],
@@ -155,6 +167,20 @@ def test_without_a_daemon_the_exit_code_is_3(arguments: list[str], lattica: Run,
     assert len(done.stderr.splitlines()) == 1
     assert "lattica up" in done.stderr
     assert not (tmp_path / "home").exists()
+
+
+def test_without_a_standard_output_nothing_is_a_bug() -> None:
+    """Closed by the shell, full, and without UTF-8."""
+    command = [sys.executable, "-m", "lattica_cli", "config", "show", "--json"]
+    closed = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True, check=False)
+    assert (closed.returncode, closed.stderr) == (0, "")
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "lattica: No space left on device\n")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LATTICA_HOME": "/tmp/h\xf6me"}
+    shown = subprocess.run(command, capture_output=True, env=environment, text=True, check=False)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert json.loads(shown.stdout)["home"] == "/tmp/h\xf6me"
 
 
 def test_errors_have_the_exit_codes_of_the_contract() -> None:

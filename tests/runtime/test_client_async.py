@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import socket
@@ -15,6 +16,7 @@ import anyio.lowlevel
 import numpy as np
 import pytest
 import trio
+from sniffio import current_async_library
 
 import lattica
 from lattica.client.async_items import ItemReader
@@ -51,6 +53,11 @@ async def share(path: str) -> AsyncIterator[dict[str, object]]:
 
 
 CONTROL = {"echo": echo, "lost": lost, "forever": forever, "share": share}
+
+
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
 
 
 class Expert:
@@ -93,6 +100,17 @@ class Expert:
     async def fail(self) -> None:
         raise KeyError("gone")
 
+    async def fails_badly(self, kind: str) -> None:
+        raise {"CancelledError": asyncio.CancelledError, "Mute": Mute}[kind]
+
+    def fails_badly_in_thread(self, kind: str) -> None:
+        raise {"KeyboardInterrupt": KeyboardInterrupt, "CancelledError": asyncio.CancelledError, "Mute": Mute}[kind]
+
+    async def waits_for_a_cancelled_task(self) -> None:
+        task = asyncio.get_running_loop().create_task(asyncio.sleep(60))
+        task.cancel()
+        await task
+
     async def who(self) -> str:
         return str(caller())
 
@@ -131,15 +149,19 @@ Main = Callable[[lattica.AsyncClient, str, Expert], Awaitable[None]]
 
 def pair(run_in: Run, daemons: DaemonThread, main: Main) -> None:
     """A client of one daemon, and a worker of the other that serves "expert", in one event loop."""
+    finished = False  # asyncio takes a CancelledError from anywhere for the end, and goes on after the block
 
     async def both() -> None:
+        nonlocal finished
         a, b = daemons.daemons
         async with lattica.aconnect(a.home) as alice, lattica.aconnect(b.home) as worker:
             expert = Expert()
             await worker.serve("expert", expert)
             await main(alice, b.peer_id, expert)
+            finished = True
 
     run_in(both)
+    assert finished
 
 
 def test_all_kinds_of_methods(run_in: Run, daemons: DaemonThread) -> None:
@@ -211,6 +233,37 @@ def test_errors_arrive_typed(run_in: Run, daemons: DaemonThread) -> None:
             await alice.call(bob, "expert.total", timeout=10)
         with pytest.raises(ContentNotFound):
             await alice.daemon("lost", "xyz")
+
+    pair(run_in, daemons, main)
+
+
+def test_whatever_a_handler_raises_is_an_answer(run_in: Run, daemons: DaemonThread) -> None:
+    async def main(alice: lattica.AsyncClient, bob: str, expert: Expert) -> None:
+        cases = [("fails_badly", "CancelledError"), ("fails_badly", "Mute")]
+        cases += [("fails_badly_in_thread", kind) for kind in ("KeyboardInterrupt", "CancelledError", "Mute")]
+        for method, kind in cases:
+            with pytest.raises(RemoteError) as caught:
+                await alice.call(bob, f"expert.{method}", kind, timeout=5)
+            assert caught.value.kind == kind
+        if current_async_library() == "asyncio":
+            with pytest.raises(RemoteError) as caught:
+                await alice.call(bob, "expert.waits_for_a_cancelled_task", timeout=5)
+            assert caught.value.kind == "CancelledError"
+        assert await alice.call(bob, "expert.double", 2, timeout=5) == 4
+
+    pair(run_in, daemons, main)
+
+
+def test_deadlines_at_the_edges(run_in: Run, daemons: DaemonThread) -> None:
+    async def main(alice: lattica.AsyncClient, bob: str, expert: Expert) -> None:
+        for timeout in (float("inf"), 1e300, 2.0**33):
+            assert await alice.call(bob, "expert.double", 2, timeout=timeout) == 4
+        for timeout in (0, -1, float("-inf")):
+            with pytest.raises(DeadlineExceeded):
+                await alice.call(bob, "expert.sleep", timeout=timeout)
+        with pytest.raises(InvalidArgument, match="not a number"):
+            await alice.call(bob, "expert.double", 2, timeout=float("nan"))
+        assert await alice.call(bob, "expert.double", 2, timeout=5) == 4
 
     pair(run_in, daemons, main)
 

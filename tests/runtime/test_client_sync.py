@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import threading
@@ -54,6 +55,11 @@ async def ping(peer: str, count: int, timeout: float) -> AsyncIterator[dict[str,
 CONTROL = {"echo": echo, "lost": lost, "forever": forever, "share": share, "ping": ping}
 
 
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
 class Expert:
     def __init__(self) -> None:
         self.closed = threading.Event()
@@ -79,6 +85,9 @@ class Expert:
 
     def fail(self) -> None:
         raise KeyError("gone")
+
+    def fails_badly(self, kind: str) -> None:
+        raise {"KeyboardInterrupt": KeyboardInterrupt, "CancelledError": asyncio.CancelledError, "Mute": Mute}[kind]
 
     def fails_halfway(self) -> Iterator[int]:
         yield 1
@@ -233,6 +242,29 @@ def test_errors_arrive_typed(alice: lattica.Client, bob: str) -> None:
         alice.call(bob, "expert.unsendable", timeout=10)
     with pytest.raises(InvalidArgument, match="yields"):
         alice.call(bob, "expert.count", 3, timeout=10)
+
+
+@pytest.mark.parametrize("kind", ["KeyboardInterrupt", "CancelledError", "Mute"])
+def test_whatever_a_handler_raises_is_an_answer(alice: lattica.Client, bob: str, kind: str) -> None:
+    for _ in range(20):  # more than there are threads: none of them may be lost
+        with pytest.raises(RemoteError) as caught:
+            alice.call(bob, "expert.fails_badly", kind, timeout=5)
+        assert caught.value.kind == kind
+    assert alice.call(bob, "expert.double", 2, timeout=5) == 4
+
+
+def test_deadlines_at_the_edges(alice: lattica.Client, bob: str) -> None:
+    for timeout in (float("inf"), 1e300, 2.0**33):
+        assert alice.call(bob, "expert.double", 2, timeout=timeout) == 4
+        assert list(alice.stream(bob, "expert.count", 2, timeout=timeout)) == [0, 1]
+    for timeout in (0, -1, float("-inf")):
+        with pytest.raises(DeadlineExceeded):
+            alice.call(bob, "expert.hold", timeout=timeout)
+    with pytest.raises(InvalidArgument, match="not a number"):
+        alice.call(bob, "expert.double", 2, timeout=float("nan"))
+    with pytest.raises(InvalidArgument, match="not UTF-8"):
+        alice.call(bob, "expert.\ud800", 2, timeout=5)
+    assert alice.call(bob, "expert.double", 2, timeout=5) == 4
 
 
 def test_a_peer_that_cannot_be_reached(alice: lattica.Client) -> None:

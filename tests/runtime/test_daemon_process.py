@@ -407,3 +407,52 @@ def test_wrong_addresses_get_a_clear_answer(pair: tuple[Process, Process]) -> No
     assert nobody.returncode == 1
     assert len(nobody.stderr.splitlines()) == 1
     assert str(port) in nobody.stderr
+    itself = second.cli("peer", "connect", second.peer_id)
+    assert itself.returncode == 1
+    assert "our own" in itself.stderr
+    again = second.cli("peer", "connect", other)
+    assert first.peer_id not in again.stderr  # where somebody else answered is not remembered as the peer's address
+
+
+def test_a_peer_that_does_not_answer_pings_is_a_timeout(make: Callable[..., Process]) -> None:
+    first, second = make("a").start(), make("b").start()
+    assert second.cli("peer", "connect", first.address).returncode == 0
+    first.signal(signal.SIGSTOP)
+    try:
+        late = second.cli("peer", "ping", first.peer_id, "--timeout", "0.5")
+    finally:
+        first.signal(signal.SIGCONT)
+    assert late.returncode == 4, late.stderr
+
+
+def test_a_daemon_killed_in_the_middle_of_a_command(make: Callable[..., Process], tmp_path: Path) -> None:
+    process = make().start()
+    command = [sys.executable, "-m", "lattica_cli", "--home", str(process.home), "peer", "connect"]
+    with socket.socket() as stalls:
+        stalls.bind(("127.0.0.1", 0))
+        stalls.listen()
+        command.append(f"/ip4/127.0.0.1/tcp/{stalls.getsockname()[1]}")
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=clean_environment()) as child:
+            dialled, _ = stalls.accept()  # and says nothing: the command waits
+            process.signal(signal.SIGKILL)
+            dialled.close()
+            assert child.stderr is not None
+            told = child.stderr.read()
+            assert child.wait(20) == 3
+    assert len(told.splitlines()) == 1
+    assert "lattica up" in told
+
+
+def test_a_name_that_is_not_utf8(make: Callable[..., Process], tmp_path: Path) -> None:
+    process = make().start()
+    umlaut, wrong = tmp_path / "\xe4.bin", tmp_path / "\udcff.bin"
+    for file in (umlaut, wrong):
+        file.write_bytes(b"x")
+    command = [sys.executable, "-m", "lattica_cli", "--home", str(process.home), "--json", "share"]
+    plain = {**clean_environment(), "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([*command, str(umlaut)], capture_output=True, env=plain, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert json.loads(done.stdout)["bytes"] == 1
+    refused = subprocess.run([*command, str(wrong)], capture_output=True, env=plain, check=False)
+    assert refused.returncode == 2
+    assert b"not UTF-8" in refused.stderr

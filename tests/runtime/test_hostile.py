@@ -46,7 +46,7 @@ from lattica.errors import ConnectionLost, LatticaError, RemoteError, StreamRese
 from lattica.node import Node
 from lattica_protocols.blobs.messages import Kind, encode_frame, encode_header, encode_ranges
 from lattica_protocols.cid import Cid
-from lattica_protocols.limits import MAX_CONNECTIONS_PER_PEER, MAX_UNFINISHED_HANDSHAKES_PER_IP
+from lattica_protocols.limits import MAX_CONNECTIONS_PER_PEER, MAX_UNFINISHED_HANDSHAKES_PER_IP, MAX_UNREAD_BYTES
 from lattica_protocols.multistream import encode_message
 from lattica_protocols.rpc import frames as rpc
 from lattica_protocols.rpc.tensors import encode_args
@@ -492,6 +492,63 @@ def test_a_peer_that_vanishes_during_calls(attack: Callable[..., None]) -> None:
         wait_until(lambda: victim.state()["hanging"] == 0, 10, "handlers of a caller that is gone go on")
 
     attack(attacker)
+
+
+def test_a_peer_that_vanishes_on_any_protocol(attack: Callable[..., None]) -> None:
+    """Without a word, in the middle of one, and after nonsense: it is no bug of the handler, however it is built."""
+
+    async def attacker(victim: Watched) -> None:
+        async with honest() as node:
+            protocols = node.host.protocols()
+        assert len(protocols) >= 10
+        for opening in (b"", b"\x00", b"\x00\x00\x00\x10", b"\x05\x00\x00\x00\x00\x00", bytes(4096), b"\xff" * 4096):
+            async with honest() as node:
+                await node.host.connect(victim.peer, victim.addrs[:1])
+                for protocol in protocols:
+                    with contextlib.suppress(LatticaError):
+                        stream = await node.host.open_stream(victim.peer, protocol)
+                        stream.write(opening)
+                        with trio.move_on_after(0.1):
+                            await stream.receive_some(65536)
+
+    attack(attacker)
+
+
+def test_what_nobody_reads_is_bounded_over_all_connections(attack: Callable[..., None]) -> None:
+    """Ids are free: each of many peers sends pings until its windows are full and takes no answer."""
+
+    async def fill(victim: Watched, peak: list[int]) -> None:
+        async with honest() as node:
+            connection = await node.host.connect(victim.peer, victim.addrs[:1])
+            with contextlib.suppress(LatticaError):  # it may be over before all of them are open
+                for _ in range(100):
+                    stream = await node.host.open_stream(victim.peer, "/ipfs/ping/1.0.0", connection=connection)
+                    stream.pause_sink()
+                    stream.set_sink(Deaf())
+                    stream.write(bytes(250 << 10))
+            with trio.move_on_after(6):
+                while not connection.closed.is_set():
+                    peak.append(victim.resident())
+                    await trio.sleep(0.05)
+
+    async def attacker(victim: Watched) -> None:
+        before, peak = victim.resident(), [0]
+        async with trio.open_nursery() as nursery:
+            for _ in range(12):
+                nursery.start_soon(fill, victim, peak)
+        assert max(peak) - before < 2 * MAX_UNREAD_BYTES, f"{max(peak) - before >> 20} MiB more"
+
+    attack(attacker, growth=2 * MAX_UNREAD_BYTES)
+
+
+class Deaf:
+    """A sink that is never asked for more."""
+
+    def data_received(self, data: memoryview) -> None: ...
+
+    def eof_received(self) -> None: ...
+
+    def stream_closed(self, error: Exception | None) -> None: ...
 
 
 # -- slowness ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
@@ -77,6 +78,12 @@ class Service:
 
     async def fail(self, message: str) -> None:
         raise KeyError(message)
+
+    async def fail_badly(self) -> None:
+        raise asyncio.CancelledError
+
+    def fail_badly_in_thread(self) -> None:
+        raise KeyboardInterrupt
 
     async def type_error_inside(self) -> None:
         raise TypeError("inside")
@@ -265,6 +272,10 @@ def test_handler_errors_are_typed(with_pair: Any) -> None:
         with pytest.raises(RemoteError, match="broken") as caught:
             await pair.call("fail", "broken")
         assert caught.value.kind == "KeyError"
+        for method, kind in (("fail_badly", "CancelledError"), ("fail_badly_in_thread", "KeyboardInterrupt")):
+            with pytest.raises(RemoteError) as caught:
+                await pair.call(method)
+            assert caught.value.kind == kind
         with pytest.raises(RemoteError, match="inside"):
             await pair.call("type_error_inside")
         with pytest.raises(InvalidArgument, match="not like this"):

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from lattica.errors import InvalidArgument, NoAddresses, NotFound
+import trio
+
+from lattica.errors import DeadlineExceeded, InvalidArgument, NoAddresses, NotFound
 from lattica_daemon.control.arguments import read_address, read_peer
 
 if TYPE_CHECKING:
@@ -47,6 +49,8 @@ class PeerControl:
             connection = await host.connect(addr.peer_id(), [addr])
         else:
             peer = read_peer(target)
+            if peer == host.peer_id:
+                raise InvalidArgument("this is our own peer id")
             addrs = await self._daemon.node.find_peer(peer)
             if not addrs:
                 raise NoAddresses(f"no address of {peer} is known here or found in the network")
@@ -74,7 +78,11 @@ class PeerControl:
         if not node.host.connections(target):
             await node.host.connect(target, await node.find_peer(target))
         for _ in range(count):
-            seconds = await node.ping.ping(target, timeout=timeout_each)
+            try:
+                with trio.fail_after(timeout_each):
+                    seconds = await node.ping.ping(target, timeout=float("inf"))
+            except trio.TooSlowError:
+                raise DeadlineExceeded(f"{target} did not answer a ping within {timeout_each:g} s") from None
             connection = node.host.connection(target)
             yield {"rtt_ms": round(seconds * 1e3, 3), "path": "" if connection is None else connection.path}
 

@@ -105,6 +105,8 @@ Event: TypeAlias = tuple[int, Call, bytes, Buffer]
 _MESSAGES = (RESPONSE, ITEM)
 _CONTROLS = (END, ERROR, CANCEL, CREDIT)
 _ENDINGS = (RESPONSE, ERROR)
+_MAX_DEADLINE_MS = 0xFFFFFFFF
+"""49 days. More, and infinity, are sent as this."""
 _MISPLACED = {HELLO: "a second HELLO", BULK: "BULK on a control stream", RESUME: "RESUME within a control stream"}
 
 
@@ -123,6 +125,13 @@ class RpcLimits:
 
 
 DEFAULT_LIMITS = RpcLimits()
+
+
+def _bounded_deadline_ms(left: float) -> int:
+    """Milliseconds on the wire for a deadline that has passed, is closer than one, or too far to be written."""
+    if left != left:
+        raise LocalProtocolError("a deadline that is not a number")
+    return 1 if left < 1 else _MAX_DEADLINE_MS
 
 
 class RpcConnection:
@@ -305,12 +314,16 @@ class RpcConnection:
         call_id = self._next_id
         while call_id in self._calls or call_id == 0:
             call_id = (call_id + 2) & 0xFFFFFFFF
-        name = method.encode()
+        try:
+            name = method.encode()
+        except UnicodeEncodeError:
+            raise LocalProtocolError(f"{method!r} is no name for a method: it is not UTF-8") from None
         if not 0 < len(name) <= RPC_MAX_METHOD or len(route) > RPC_MAX_ROUTE:
             raise LocalProtocolError(f"method or route has a wrong length: {method!r}")
         deadline_ms = 0
         if deadline is not None:
-            deadline_ms = min(max(1, int((deadline - now) * 1000)), 0xFFFFFFFF)
+            left = (deadline - now) * 1000
+            deadline_ms = int(left) if 1 <= left < _MAX_DEADLINE_MS else _bounded_deadline_ms(left)
         head_length = 6 + len(route) + len(name) + len(args)
         if tails:
             self.outbox.add(REQUEST, flags, call_id, b"".join((
