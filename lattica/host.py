@@ -158,14 +158,10 @@ class Host:
             if protocol in known and not eager:
                 return LazyStream(stream, protocol)
         try:
-            with trio.fail_after(NEGOTIATION_TIMEOUT):
+            with stream.reset_on_error(), trio.fail_after(NEGOTIATION_TIMEOUT):
                 await select_protocol(stream, wanted)
         except trio.TooSlowError:
-            stream.reset()
             raise ConnectionLost(f"{peer.short()} did not answer the proposal of {wanted[0]}") from None
-        except BaseException:
-            stream.reset()
-            raise
         return stream
 
     async def _connection_for(

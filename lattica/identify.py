@@ -110,8 +110,9 @@ class IdentifyService:
         try:
             with trio.fail_after(TIMEOUT):
                 stream = await self._host.open_stream(connection.peer_id, PUSH_PROTOCOL, connection=connection)
-                await stream.send_frame(self.message(connection))
-                await stream.aclose()
+                with stream.reset_on_error():
+                    await stream.send_frame(self.message(connection))
+                    await stream.aclose()
         except (LatticaError, ProtocolError, trio.TooSlowError) as error:
             log.debug("identify_push_failed peer=%s error=%s", connection.peer_id.short(), error)
 

@@ -316,7 +316,7 @@ class HolePuncher:
             nat=None if self.guesser is None else self.guesser.nat.behaviour,
             may_guess=may_guess,
         )
-        try:
+        with stream.reset_on_error():
             opened = False
             while True:
                 if exchange.partner is not None and not opened:
@@ -330,9 +330,6 @@ class HolePuncher:
                     return exchange, token
                 message = await stream.receive_frame(DCUTR_MAX_MESSAGE_BYTES)
                 exchange.receive_untrusted(message, trio.current_time())
-        except BaseException:
-            stream.reset()
-            raise
 
     # -- the punch ----------------------------------------------------------------------------------------
     async def _punch(self, relayed: Connection, exchange: PunchExchange, token: bytes, report: PunchReport) -> bool:
