@@ -81,7 +81,7 @@ class HandlerTasks:
         self._idle.append(seat)
         try:
             await seat.gate.wait()
-        except BaseException:
+        except BaseException:  # cancelled; raised again
             if seat in self._idle:
                 self._idle.remove(seat)
             raise
@@ -192,7 +192,7 @@ class InboundCall:
             self._respond(head, tails)
         except (Exception, SystemExit) as error:  # whatever the handler raises is the caller's answer, and its alone
             self._fail(handler_error(error, method, self._args, self._kwargs))
-        except BaseException:
+        except BaseException:  # cancelled, or the program ends: the caller is told, and it goes on as it is
             self._fail((CANCELLED, "Cancelled", f"{call.method} was cancelled by its worker"))
             raise
         finally:

@@ -64,7 +64,7 @@ class AsyncLink(LocalChannel):
         except OSError as error:
             sock.close()
             raise connect_error(path, error) from None
-        except BaseException:
+        except BaseException:  # cancelled; raised again
             sock.close()
             raise
         return cls(sock, current_loop(), pool, methods, serve)

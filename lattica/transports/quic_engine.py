@@ -227,14 +227,14 @@ class Engine(BulkPaths):
         try:
             if not self._receive_stream_packet(data, addr, now):
                 self.receive_datagram(data, addr, now)
-        except Exception as error:
+        except Exception as error:  # logged, and the reason that the connection ends with
             self._broke(error)
 
     def on_timer(self, now: float) -> None:
         """The time of `get_timer` has come."""
         try:
             self.handle_timer(now)
-        except Exception as error:
+        except Exception as error:  # logged, and the reason that the connection ends with
             self._broke(error)
 
     def transmit(self, now: float) -> list[tuple[bytes, Any]]:
@@ -243,7 +243,7 @@ class Engine(BulkPaths):
             return []
         try:
             return self._transmit(now)
-        except Exception as error:
+        except Exception as error:  # logged, and the reason that the connection ends with
             self._broke(error)
             return []
 

@@ -263,7 +263,7 @@ async def _connect_one(family: int, sockaddr: tuple[str, int], bind_port: int | 
             error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if error:
                 raise OSError(error, os.strerror(error)) from None
-    except BaseException:
+    except BaseException:  # most often cancelled, as another address was quicker; raised again
         sock.close()
         raise
     return sock
