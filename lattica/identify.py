@@ -46,8 +46,6 @@ class IdentifyService:
         self._protocol_version = protocol_version
         self._agent = agent
         self._sequence = 0
-        self.observed: dict[PeerId, Multiaddr] = {}
-        """What connected peers see as our address."""
         host.handle(ID_PROTOCOL, self._answer)
         host.handle(PUSH_PROTOCOL, self._receive_push)
 
@@ -138,7 +136,7 @@ class IdentifyService:
         if addrs:
             self._host.peerstore.add_addrs(peer, [a for a in addrs if _may_be_at(a, peer, connection)], CONNECTED_TTL)
         if message.observed_addr is not None:
-            self.observed[peer] = connection.observed_addr = message.observed_addr
+            connection.observed_addr = message.observed_addr
         before = self._host.peerstore.info(peer) or PeerInfo()
         self._host.publish_identified(
             peer,
