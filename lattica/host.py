@@ -45,7 +45,7 @@ DIAL_TIMEOUT = 15.0
 BULK_UPGRADE_TIMEOUT = 2.0
 """Seconds that the first bulk stream waits for a TCP connection beside an existing QUIC one."""
 BULK_UPGRADE_RETRY = 300.0
-"""Seconds before TCP is tried again after it failed: a firewall does not change from minute to minute."""
+"""Seconds before TCP is tried again: a firewall does not change from minute to minute."""
 _EVENT_BUFFER = 4096
 _GRACE = 20.0
 """Seconds that a new connection is safe from trimming."""
@@ -201,8 +201,8 @@ class Host:
         """Connections that are up, with one peer or with all."""
         if peer is not None:
             session = self._sessions.get(peer)
-            return [] if session is None else list(session.connections)
-        return [c for session in self._sessions.values() for c in session.connections]
+            return [] if session is None else [c for c in session.connections if not c.closed.is_set()]
+        return [c for session in self._sessions.values() for c in session.connections if not c.closed.is_set()]
 
     def connection(self, peer: PeerId, stream_class: StreamClass = "control") -> Connection | None:
         """The best connection with `peer` that is up."""
@@ -340,7 +340,7 @@ class Host:
         session = self._sessions.get(peer)
         if reason is None and peer == self.peer_id:
             reason = "a connection with ourselves"
-        if reason is None and session is not None and len(session.connections) >= MAX_CONNECTIONS_PER_PEER:
+        if reason is None and len(self.connections(peer)) >= MAX_CONNECTIONS_PER_PEER:
             reason = "too many connections with this peer"
         if reason is None and len(self.connections()) >= MAX_CONNECTIONS and not self._trim():
             reason = "too many connections"

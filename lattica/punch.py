@@ -511,7 +511,7 @@ class HolePuncher:
 
     # -- state --------------------------------------------------------------------------------------------
     def _is_direct(self, peer: PeerId) -> bool:
-        return any(c.path != "relay" and not c.closed.is_set() for c in self._host.connections(peer))
+        return any(c.path != "relay" for c in self._host.connections(peer))
 
     async def _until_direct(self, peer: PeerId) -> None:
         if not self._is_direct(peer):

@@ -26,6 +26,7 @@ class Session:
     def __init__(self, peer_id: PeerId) -> None:
         self.peer_id = peer_id
         self.connections: list[Connection] = []
+        """Until they have been served to their end: one that is `closed` may still be among them."""
 
     def path_lost(self) -> None:
         """A connection with the peer fell silent."""

@@ -313,7 +313,7 @@ class PortGuesser:
     async def _until_direct(self, peer: PeerId) -> None:
         """Until there is a direct connection with `peer`."""
         with self._host.subscribe() as events:
-            if any(c.path != "relay" and not c.closed.is_set() for c in self._host.connections(peer)):
+            if any(c.path != "relay" for c in self._host.connections(peer)):
                 return
             async for event in events:
                 if isinstance(event, PeerConnected) and event.peer == peer and event.connection.path != "relay":

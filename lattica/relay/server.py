@@ -237,7 +237,7 @@ class RelayServer:
 
     def _direct(self, peer: PeerId) -> Connection | None:
         """The cheapest connection to carry circuits over: TCP before QUIC, and no other relay's."""
-        direct = [c for c in self._host.connections(peer) if c.path != "relay" and not c.closed.is_set()]
+        direct = [c for c in self._host.connections(peer) if c.path != "relay"]
         return min(direct, key=lambda c: c.path == "quic", default=None)
 
 

@@ -103,7 +103,7 @@ class CircuitTransport(Transport):
         lock = self._dialling.setdefault(relay, trio.Lock())
         try:
             async with lock:
-                direct = [c for c in self._host.connections(relay) if c.path != "relay" and not c.closed.is_set()]
+                direct = [c for c in self._host.connections(relay) if c.path != "relay"]
                 if direct:
                     return min(direct, key=lambda c: c.path == "quic")
                 before = None if addr is None else addr.before_circuit()

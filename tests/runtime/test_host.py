@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 import trio
+from waiting import elapse
 
+import lattica.host
 from lattica.errors import (
     ConnectError,
     ConnectionLost,
@@ -273,5 +275,23 @@ def test_a_peer_that_insists_on_a_protocol_is_slowed_down(run_mocked) -> None:
             await stream.send_all(b"x")
             assert await stream.receive_some() == b"x"
             assert trio.current_time() - started < 0.1
+
+    run_mocked(main)
+
+
+def test_connections_that_come_at_once_each_take_the_place_of_an_idle_one(run_mocked, monkeypatch) -> None:
+    monkeypatch.setattr(lattica.host, "MAX_CONNECTIONS", 2)
+
+    async def main() -> None:
+        network = MemoryNetwork()
+        async with AsyncExitStack() as stack:
+            one, *others = [await stack.enter_async_context(open_memory_host(network, n)) for n in range(1, 7)]
+            for other in others[:2]:
+                await one.connect(other.peer_id, other.listen_addrs())
+            await elapse(60)
+            transport = one.transports()[0]
+            made = [await transport.dial(other.listen_addrs()[0], other.peer_id) for other in others[2:]]
+            assert [one.adopt(connection) for connection in made] == [True, True, False]
+            assert one.connections() == made[:2]
 
     run_mocked(main)
