@@ -111,7 +111,6 @@ class Host:
         self._handlers: dict[str, StreamHandler] = {}
         self._sessions: dict[PeerId, Session] = {}
         self._dials: dict[PeerId, trio.Event] = {}
-        self._upgrade_failed: dict[PeerId, float] = {}
         self._protected: Counter[PeerId] = Counter()
         self._subscribers: list[trio.MemorySendChannel[HostEvent]] = []
 
@@ -179,17 +178,17 @@ class Host:
 
     async def _upgrade_for_bulk(self, peer: PeerId) -> None:
         """Try to put a TCP connection beside a QUIC one: bulk is an order of magnitude quicker over it."""
-        now = trio.current_time()
-        if now < self._upgrade_failed.get(peer, 0.0):
+        session, now = self._sessions[peer], trio.current_time()
+        if now < session.bulk_upgrade_at:
             return
         targets = []
         for addr in self.peerstore.addrs(peer):
             target = addr.host_port()
             if target is not None and target[0] == "tcp":
                 targets.append(addr)
-        self._upgrade_failed[peer] = now + BULK_UPGRADE_RETRY
         if not targets:
             return
+        session.bulk_upgrade_at = now + BULK_UPGRADE_RETRY
         with trio.move_on_after(BULK_UPGRADE_TIMEOUT):
             try:
                 await self._dial(peer, targets)

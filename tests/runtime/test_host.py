@@ -295,3 +295,26 @@ def test_connections_that_come_at_once_each_take_the_place_of_an_idle_one(run_mo
             assert one.connections() == made[:2]
 
     run_mocked(main)
+
+
+def test_tcp_is_tried_for_bulk_once_an_address_for_it_is_known(run_mocked, monkeypatch) -> None:
+    tried = []
+
+    async def dial(peer, addrs) -> None:
+        tried.append(addrs)
+        raise ConnectError("a firewall")
+
+    async def main() -> None:
+        async with two_hosts() as (one, two):
+            two.handle("/echo/1", echo)
+            (await one.connect(two.peer_id)).path = "quic"
+            monkeypatch.setattr(one, "_dial", dial)
+            await one.open_stream(two.peer_id, "/echo/1", stream_class="bulk")
+            assert tried == []
+            tcp = Multiaddr.parse("/ip4/127.0.0.1/tcp/4101")
+            one.peerstore.add_addrs(two.peer_id, [tcp], 60)
+            for _ in range(2):
+                await one.open_stream(two.peer_id, "/echo/1", stream_class="bulk")
+            assert tried == [[tcp]]
+
+    run_mocked(main)
