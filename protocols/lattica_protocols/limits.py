@@ -1,6 +1,7 @@
 """Every bound on a size or count that a peer can choose, each with its reason.
 
-Units: bytes unless the name says otherwise. One section per protocol.
+Units: bytes unless the name says otherwise. One section per protocol, from the encodings up to replicated state. It is
+one file, however long: whoever wants to know what a stranger can make us spend reads one list to its end.
 """
 
 from __future__ import annotations
