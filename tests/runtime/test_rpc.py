@@ -493,6 +493,21 @@ def test_nothing_stays_behind_when_a_session_ends(with_pair: Any) -> None:
     with_pair(test)
 
 
+def test_sessions_that_come_and_go_leave_no_tasks_behind(with_pair: Any) -> None:
+    async def test(pair: Pair) -> None:
+        counts = []
+        for _ in range(5):
+            await pair.call("echo", 1)
+            counts.append(len(pair.b.nursery.child_tasks))
+            channel = pair.rpc.open_channel(pair.peer)
+            assert channel is not None
+            channel.abort("test")
+            await elapse(1)
+        assert len(set(counts)) == 1
+
+    with_pair(test)
+
+
 def test_calls_that_wait_for_room_move_to_a_new_session(with_pair: Any) -> None:
     async def test(pair: Pair) -> None:
         await pair.call("echo", 1)
