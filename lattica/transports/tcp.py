@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import logging
 import os
 import socket
@@ -29,6 +30,7 @@ from lattica.transports.upgrade import ConnectionFacts, Upgrader
 from lattica_protocols.keys import PrivateKey
 from lattica_protocols.limits import MAX_UNFINISHED_HANDSHAKES, MAX_UNFINISHED_HANDSHAKES_PER_IP
 from lattica_protocols.multiaddr import Multiaddr
+from lattica_protocols.nat.scope import customer_of
 from lattica_protocols.paths.heartbeat import USUAL, Pace
 from lattica_protocols.peer_id import PeerId
 
@@ -159,13 +161,14 @@ class TcpTransport(Transport):
     def serve_inbound(self, sock: socket.socket, ip: str, on_connection: OnConnection) -> None:
         """Shake hands with whoever dialled us, unless too many are at it already."""
         unfinished = self._unfinished
-        if unfinished.total() >= MAX_UNFINISHED_HANDSHAKES or unfinished[ip] >= MAX_UNFINISHED_HANDSHAKES_PER_IP:
+        customer = str(customer_of(ipaddress.ip_address(ip.partition("%")[0])))
+        if unfinished.total() >= MAX_UNFINISHED_HANDSHAKES or unfinished[customer] >= MAX_UNFINISHED_HANDSHAKES_PER_IP:
             sock.close()
             return
-        unfinished[ip] += 1
-        self._nursery.start_soon(self._serve_inbound, sock, ip, on_connection)
+        unfinished[customer] += 1
+        self._nursery.start_soon(self._serve_inbound, sock, ip, customer, on_connection)
 
-    async def _serve_inbound(self, sock: socket.socket, ip: str, on_connection: OnConnection) -> None:
+    async def _serve_inbound(self, sock: socket.socket, ip: str, customer: str, on_connection: OnConnection) -> None:
         try:
             _prepare(sock)
             facts = ConnectionFacts(_local_addr(sock), _remote_addr(sock), "inbound", "tcp")
@@ -173,11 +176,12 @@ class TcpTransport(Transport):
             connection = await self.upgrader.upgrade(SocketChannel(sock), facts, None, initiator=initiator)
         except (OSError, LatticaError) as error:
             logger.debug("inbound from %s: %s", ip, error)
+            sock.close()
             return
         finally:
-            self._unfinished[ip] -= 1
-            if not self._unfinished[ip]:
-                del self._unfinished[ip]
+            self._unfinished[customer] -= 1
+            if not self._unfinished[customer]:
+                del self._unfinished[customer]
         self.adopt(connection)
         await on_connection(connection)
 
