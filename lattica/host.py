@@ -418,7 +418,7 @@ class Host:
         return list(self._transports)
 
     async def listen(self, addr: Multiaddr) -> Listener:
-        """Listen on `addr`. Errors: `DialError` when it cannot be bound or no transport takes it."""
+        """Listen on `addr`. Errors: `OSError` when it cannot be bound, `DialError` when no transport takes it."""
         for transport in self._transports:
             if transport.can_listen(addr):
                 listener = await transport.listen(addr, self.on_inbound)

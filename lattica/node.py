@@ -318,7 +318,7 @@ def _transports(config: NodeConfig, host: Host) -> list[Transport]:
 
 @asynccontextmanager
 async def open_node(config: NodeConfig | None = None) -> AsyncIterator[Node]:
-    """A running node; leaving the block closes it. Errors: `ConfigError`, `DialError` (an address is in use)."""
+    """A running node; leaving the block closes it. Errors: `ConfigError`, `OSError` (an address is in use)."""
     config = config or NodeConfig()
     _check(config)
     home = config.home
