@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from lattica.blobs import BlobService, BlobStore, FetchProgress
 from lattica.blobs import download as download_module
 from lattica.blobs.part import part_path
+from lattica.blobs.service import ANNOUNCEMENTS_AT_A_TIME
 from lattica.errors import (
     ContentCorrupt,
     ContentNotFound,
@@ -49,6 +51,8 @@ class Directory:
         self.hidden: set[PeerId] = set()
         """Peers whose records nobody finds."""
         self.changed = trio.Event()
+        self.providing = self.most_providing = 0
+        """Records that are being written: now, and at most until now."""
 
     def of(self, host: Host) -> DirectoryClient:
         return DirectoryClient(self, host)
@@ -65,7 +69,10 @@ class DirectoryClient:
         self._host = host
 
     async def provide(self, key: bytes) -> int:
+        self._directory.providing += 1
+        self._directory.most_providing = max(self._directory.most_providing, self._directory.providing)
         await trio.lowlevel.checkpoint()
+        self._directory.providing -= 1
         self._directory.records.setdefault(key, {})[self._host.peer_id] = self._host.listen_addrs()
         self._directory.changed.set()
         return 1
@@ -124,6 +131,23 @@ async def world(tmp: Path) -> AsyncIterator[World]:
 
 def peer_of(service: BlobService) -> PeerId:
     return service._host.peer_id
+
+
+def test_several_announcements_are_made_at_a_time(run: Run, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with world(tmp_path) as w:
+            service = await w.service()
+            cids = [(await service.share(w.file(f"{n}.bin", 100, n))).cid for n in range(8)]
+            for cid in cids:
+                await w.directory.wait_for(cid)
+            await trio.testing.wait_all_tasks_blocked()
+            w.directory.most_providing = 0
+            for cid in cids:
+                service.announce(cid.multihash)
+            await trio.testing.wait_all_tasks_blocked()
+            assert w.directory.most_providing == ANNOUNCEMENTS_AT_A_TIME
+
+    run(main)
 
 
 SIZES = [0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 5 * CHUNK_BYTES + 17]
