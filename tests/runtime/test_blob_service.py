@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import threading
@@ -16,7 +17,7 @@ import trio.testing
 
 from lattica.blobs import BlobService, BlobStore, FetchProgress
 from lattica.blobs import download as download_module
-from lattica.blobs.part import part_path
+from lattica.blobs.part import PartFile, part_path
 from lattica.blobs.service import ANNOUNCEMENTS_AT_A_TIME
 from lattica.errors import (
     ContentCorrupt,
@@ -146,6 +147,31 @@ def test_several_announcements_are_made_at_a_time(run: Run, tmp_path: Path) -> N
                 service.announce(cid.multihash)
             await trio.testing.wait_all_tasks_blocked()
             assert w.directory.most_providing == ANNOUNCEMENTS_AT_A_TIME
+
+    run(main)
+
+
+def test_a_write_that_the_disk_holds_up_does_not_hold_up_the_others(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, others_wrote = itertools.count(), threading.Event()
+    write = PartFile.verify_and_write
+
+    def held_up(part: PartFile, index: int, data: memoryview) -> bool:
+        if next(calls) == 0:
+            assert others_wrote.wait(20)
+        else:
+            others_wrote.set()
+        return write(part, index, data)
+
+    monkeypatch.setattr(PartFile, "verify_and_write", held_up)
+
+    async def main() -> None:
+        async with world(tmp_path) as w:
+            alice, bob = await w.service(), await w.service()
+            shared = await alice.share(w.file("source.bin", 30 * CHUNK_BYTES))
+            await w.directory.wait_for(shared.cid)
+            await bob.fetch(shared.cid, tmp_path / "copy.bin")
 
     run(main)
 
