@@ -474,7 +474,7 @@ class Host:
                 channel.send_nowait(event)
             except trio.WouldBlock:
                 self.counters["events_lost"] += 1
-                log.warning("event_lost event=%s", type(event).__name__)
+                log.warning("event_lost kind=%s", type(event).__name__)
             except trio.BrokenResourceError:
                 self._subscribers.remove(channel)
 

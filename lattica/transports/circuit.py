@@ -181,7 +181,7 @@ class CircuitTransport(Transport):
         finally:
             self._unfinished.pop(scope, None)
         if scope.cancelled_caught:
-            log.debug("circuit_refused relay=%s peer=%s error=too_slow", via.peer_id.short(), source.short())
+            log.debug("circuit_refused relay=%s peer=%s error=%s", via.peer_id.short(), source.short(), "too slow")
             stream.reset()
             return
         self._host.nursery.start_soon(on_connection, connection)

@@ -249,7 +249,7 @@ class Engine(BulkPaths):
 
     def _broke(self, error: Exception) -> None:
         # Whatever a hostile packet makes aioquic raise (it has had such bugs) ends this connection and nothing else.
-        _log.error("QUIC connection failed inside aioquic", exc_info=error)
+        _log.error("quic_connection_bug error=%s", error, exc_info=error)
         self.terminate()
         self._close_event = ConnectionTerminated(
             error_code=QuicErrorCode.INTERNAL_ERROR, frame_type=None, reason_phrase=repr(error)

@@ -175,7 +175,7 @@ class TcpTransport(Transport):
             initiator = self.punching[ip] > 0 and not await _speaks_first(sock)
             connection = await self.upgrader.upgrade(SocketChannel(sock), facts, None, initiator=initiator)
         except (OSError, LatticaError) as error:
-            logger.debug("inbound from %s: %s", ip, error)
+            logger.debug("inbound_failed ip=%s error=%s", ip, error)
             sock.close()
             return
         finally:
@@ -224,7 +224,7 @@ class TcpListener(Listener):
         except OSError as error:
             # Linux hands errors of the new connection out here; only lack of resources is ours, and passes.
             if error.errno in _OUT_OF_RESOURCES:
-                logger.warning("cannot accept on %s: %s", self.addrs[0], error.strerror)
+                logger.warning("accept_failed addr=%s error=%s", self.addrs[0], error.strerror)
                 await trio.sleep(ACCEPT_PAUSE)
             return
         self._transport.serve_inbound(sock, str(sockaddr[0]), self._on_connection)
