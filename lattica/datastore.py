@@ -294,7 +294,7 @@ def _connect(path: Path | None) -> sqlite3.Connection:
         if verdict != "ok":
             raise sqlite3.DatabaseError(verdict)
         _migrate(connection, path)
-    except BaseException:
+    except (sqlite3.Error, ConfigError):
         connection.close()
         raise
     return connection

@@ -48,7 +48,7 @@ BULK_UPGRADE_TIMEOUT = 2.0
 BULK_IDLE = 30.0
 """Seconds after which a connection set apart for bulk is closed when nothing uses it: the next shard often follows."""
 BULK_UPGRADE_RETRY = 300.0
-"""Seconds before TCP is tried again after it failed: a firewall does not change from minute to minute."""
+"""Seconds before TCP is tried again: a firewall does not change from minute to minute."""
 _EVENT_BUFFER = 4096
 _GRACE = 20.0
 """Seconds that a new connection is safe from trimming."""
@@ -114,7 +114,6 @@ class Host:
         self._handlers: dict[str, StreamHandler] = {}
         self._sessions: dict[PeerId, Session] = {}
         self._dials: dict[PeerId, trio.Event] = {}
-        self._upgrade_failed: dict[PeerId, float] = {}
         self._protected: Counter[PeerId] = Counter()
         self._subscribers: list[trio.MemorySendChannel[HostEvent]] = []
         self._unread = UnreadAccount(self.connections, nursery.start_soon)
@@ -162,14 +161,10 @@ class Host:
             if protocol in known and not eager:
                 return LazyStream(stream, protocol)
         try:
-            with trio.fail_after(NEGOTIATION_TIMEOUT):
+            with stream.reset_on_error(), trio.fail_after(NEGOTIATION_TIMEOUT):
                 await select_protocol(stream, wanted)
         except trio.TooSlowError:
-            stream.reset()
             raise ConnectionLost(f"{peer.short()} did not answer the proposal of {wanted[0]}") from None
-        except BaseException:
-            stream.reset()
-            raise
         return stream
 
     async def _connection_for(
@@ -208,23 +203,24 @@ class Host:
 
     async def _dial_tcp(self, peer: PeerId) -> Connection | None:
         """A TCP connection besides those that are up; `None` where that failed, now or not long ago."""
-        now = trio.current_time()
-        if now < self._upgrade_failed.get(peer, 0.0):
+        session, now = self._sessions[peer], trio.current_time()
+        if now < session.bulk_upgrade_at:
             return None
         targets = []
         for addr in self.peerstore.addrs(peer):
             target = addr.host_port()
             if target is not None and target[0] == "tcp":
                 targets.append(addr)
-        self._upgrade_failed[peer] = now + BULK_UPGRADE_RETRY
+        if not targets:
+            return None
+        session.bulk_upgrade_at = now + BULK_UPGRADE_RETRY
         connection: Connection | None = None
-        if targets:
-            with trio.move_on_after(BULK_UPGRADE_TIMEOUT):
-                try:
-                    connection = await self._dial(peer, targets)
-                    del self._upgrade_failed[peer]
-                except ConnectError as error:
-                    log.debug("bulk_upgrade_failed peer=%s error=%s", peer.short(), error)
+        with trio.move_on_after(BULK_UPGRADE_TIMEOUT):
+            try:
+                connection = await self._dial(peer, targets)
+                session.bulk_upgrade_at = 0.0
+            except ConnectError as error:
+                log.debug("bulk_upgrade_failed peer=%s error=%s", peer.short(), error)
         return connection
 
     # -- connections --------------------------------------------------------------------------------------
@@ -232,8 +228,8 @@ class Host:
         """Connections that are up, with one peer or with all."""
         if peer is not None:
             session = self._sessions.get(peer)
-            return [] if session is None else list(session.connections)
-        return [c for session in self._sessions.values() for c in session.connections]
+            return [] if session is None else [c for c in session.connections if not c.closed.is_set()]
+        return [c for session in self._sessions.values() for c in session.connections if not c.closed.is_set()]
 
     def connection(self, peer: PeerId, stream_class: StreamClass = "control") -> Connection | None:
         """The best connection with `peer` that is up."""
@@ -376,7 +372,7 @@ class Host:
         session = self._sessions.get(peer)
         if reason is None and peer == self.peer_id:
             reason = "a connection with ourselves"
-        if reason is None and session is not None and len(session.connections) >= MAX_CONNECTIONS_PER_PEER:
+        if reason is None and len(self.connections(peer)) >= MAX_CONNECTIONS_PER_PEER:
             reason = "too many connections with this peer"
         if reason is None and len(self.connections()) >= MAX_CONNECTIONS and not self._trim():
             reason = "too many connections"
@@ -456,7 +452,7 @@ class Host:
         return list(self._transports)
 
     async def listen(self, addr: Multiaddr) -> Listener:
-        """Listen on `addr`. Errors: `DialError` when it cannot be bound or no transport takes it."""
+        """Listen on `addr`. Errors: `OSError` when it cannot be bound, `DialError` when no transport takes it."""
         for transport in self._transports:
             if transport.can_listen(addr):
                 listener = await transport.listen(addr, self.on_inbound)
@@ -512,7 +508,7 @@ class Host:
                 channel.send_nowait(event)
             except trio.WouldBlock:
                 self.counters["events_lost"] += 1
-                log.warning("event_lost event=%s", type(event).__name__)
+                log.warning("event_lost kind=%s", type(event).__name__)
             except trio.BrokenResourceError:
                 self._subscribers.remove(channel)
 

@@ -49,8 +49,6 @@ class IdentifyService:
         self._protocol_version = protocol_version
         self._agent = agent
         self._sequence = 0
-        self.observed: dict[PeerId, Multiaddr] = {}
-        """What connected peers see as our address."""
         host.handle(ID_PROTOCOL, self._answer)
         host.handle(PUSH_PROTOCOL, self._receive_push)
 
@@ -113,8 +111,9 @@ class IdentifyService:
         try:
             with trio.fail_after(TIMEOUT):
                 stream = await self._host.open_stream(connection.peer_id, PUSH_PROTOCOL, connection=connection)
-                await stream.send_frame(self.message(connection))
-                await stream.aclose()
+                with stream.reset_on_error():
+                    await stream.send_frame(self.message(connection))
+                    await stream.aclose()
         except (LatticaError, ProtocolError, trio.TooSlowError) as error:
             log.debug("identify_push_failed peer=%s error=%s", connection.peer_id.short(), error)
 
@@ -144,7 +143,7 @@ class IdentifyService:
             self._host.peerstore.add_addrs(peer, [a for a in addrs if _may_be_at(a, peer, connection)], CONNECTED_TTL)
         observed = None if message.observed_addr is None else message.observed_addr.without_peer()  # JS appends our id
         if observed is not None:
-            self.observed[peer] = connection.observed_addr = observed
+            connection.observed_addr = observed
         before = self._host.peerstore.info(peer) or PeerInfo()
         self._host.publish_identified(
             peer,

@@ -9,7 +9,8 @@ names, so each of them runs unchanged over TCP, QUIC, a relayed circuit, and the
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 if TYPE_CHECKING:
@@ -121,6 +122,15 @@ class Stream(ABC):
     @abstractmethod
     async def aclose(self) -> None:
         """Finish our direction and stop reading. What the peer still sends is thrown away."""
+
+    @contextmanager
+    def reset_on_error(self) -> Iterator[None]:
+        """Reset the stream when the block raises or is cancelled: neither side keeps half of an exchange."""
+        try:
+            yield
+        except BaseException:  # trio.Cancelled is no Exception; raised again, whatever it is
+            self.reset()
+            raise
 
     # -- framing used by the libp2p protocols -----------------------------------------------------------------
     async def receive_exactly(self, n: int) -> bytes:

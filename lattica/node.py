@@ -25,6 +25,7 @@ from lattica.datastore import Datastore
 from lattica.errors import ConfigError, ConnectError, LatticaError, PathLost
 from lattica.host import Host, PeerIdentified, open_host
 from lattica.identify import PROTOCOL_VERSION, IdentifyService
+from lattica.identify import TIMEOUT as IDENTIFY_TIMEOUT
 from lattica.identity_file import load_or_create_key
 from lattica.interfaces import Transport
 from lattica.kad import KadService
@@ -176,13 +177,13 @@ class Node:
 
     async def wait_identified(self, peer: PeerId) -> PeerInfo:
         """What `peer` said about itself, once it has. Bounded by the caller's cancel scope."""
-        events = self.host.subscribe()
-        info = self.host.peerstore.info(peer)
-        if info is not None:
-            return info
-        async for event in events:
-            if isinstance(event, PeerIdentified) and event.peer == peer:
-                return event.info
+        with self.host.subscribe() as events:
+            info = self.host.peerstore.info(peer)
+            if info is not None:
+                return info
+            async for event in events:
+                if isinstance(event, PeerIdentified) and event.peer == peer:
+                    return event.info
         raise ConnectError("the node is closing")
 
     async def discover_nat(self, *, lifetimes: Sequence[float] = ()) -> NatBehaviour:
@@ -210,9 +211,11 @@ class Node:
         while True:
             try:
                 connection = await self.host.connect(peer)
-                await self.wait_identified(peer)
-                await self.kad.bootstrap()
-                delay = BOOTSTRAP_RETRY[0]
+                with trio.move_on_after(IDENTIFY_TIMEOUT) as identified:
+                    await self.wait_identified(peer)
+                if not identified.cancelled_caught:
+                    await self.kad.bootstrap()
+                    delay = BOOTSTRAP_RETRY[0]
                 await connection.closed.wait()
             except LatticaError as error:
                 log.warning("bootstrap_failed addr=%s error=%s", addr, error)
@@ -316,7 +319,7 @@ def _transports(config: NodeConfig, host: Host) -> list[Transport]:
 
 @asynccontextmanager
 async def open_node(config: NodeConfig | None = None) -> AsyncIterator[Node]:
-    """A running node; leaving the block closes it. Errors: `ConfigError`, `DialError` (an address is in use)."""
+    """A running node; leaving the block closes it. Errors: `ConfigError`, `OSError` (an address is in use)."""
     config = config or NodeConfig()
     _check(config)
     home = config.home

@@ -341,7 +341,7 @@ class HolePuncher:
             nat=None if self.guesser is None else self.guesser.nat.behaviour,
             may_guess=may_guess,
         )
-        try:
+        with stream.reset_on_error():
             opened = False
             while True:
                 if exchange.partner is not None and not opened:
@@ -355,9 +355,6 @@ class HolePuncher:
                     return exchange, token
                 message = await stream.receive_frame(DCUTR_MAX_MESSAGE_BYTES)
                 exchange.receive_untrusted(message, trio.current_time())
-        except BaseException:
-            stream.reset()
-            raise
 
     # -- the punch ----------------------------------------------------------------------------------------
     async def _punch(self, relayed: Connection, exchange: PunchExchange, token: bytes, report: PunchReport) -> bool:
@@ -546,7 +543,7 @@ class HolePuncher:
 
     # -- state --------------------------------------------------------------------------------------------
     def _is_direct(self, peer: PeerId) -> bool:
-        return any(c.path != "relay" and not c.closed.is_set() for c in self._host.connections(peer))
+        return any(c.path != "relay" for c in self._host.connections(peer))
 
     async def _until_direct(self, peer: PeerId) -> None:
         if not self._is_direct(peer):

@@ -23,11 +23,14 @@ _RTT_NOISE = 0.001
 class Session:
     """The connections that are up between us and `peer_id`."""
 
-    __slots__ = ("connections", "peer_id")
+    __slots__ = ("bulk_upgrade_at", "connections", "peer_id")
 
     def __init__(self, peer_id: PeerId) -> None:
         self.peer_id = peer_id
         self.connections: list[Connection] = []
+        """Until they have been served to their end: one that is `closed` may still be among them."""
+        self.bulk_upgrade_at = 0.0
+        """When TCP may be tried (again) for bulk, by the clock of trio."""
 
     def path_lost(self) -> None:
         """A connection with the peer fell silent."""

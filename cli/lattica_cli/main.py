@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of a pipe left. Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
-    except Exception as error:
+    except Exception as error:  # `exit_code` tells what a user can mend from our bugs, which go on as they are
         code = exit_code(error)
         if code is None:
             raise

@@ -71,7 +71,7 @@ async def _run(home: Home, settings: Settings, reload: Callable[[], Settings], r
 
 @asynccontextmanager
 async def open_daemon(home: Home, settings: Settings) -> AsyncIterator[Daemon]:
-    """The daemon on a home whose lock is held. Errors: `ConfigError`, `DialError` (an address is in use)."""
+    """The daemon on a home whose lock is held. Errors: `ConfigError`, `OSError` (an address is in use)."""
     rules = PeerRules(home.rules_path, settings.peers.default)
     rules.load()
     config = NodeConfig(

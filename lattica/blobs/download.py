@@ -131,7 +131,7 @@ class Download:
         self._search_again = trio.Event()
         self._changed = trio.Event()
         self._queue: deque[tuple[SourceStream, int, memoryview]] = deque()
-        self._queued = trio.Event()
+        self._verifiers = trio.lowlevel.ParkingLot()
         self._paused = False
         self._machine: Fetch[SourceStream] | None = None
         self._manifest: BlobManifest | None = None
@@ -421,7 +421,7 @@ class Download:
             self.buffers.give_back(buffer)
         else:
             self._queue.append((source, index, buffer))
-            self._queued.set()
+            self._verifiers.unpark()
             if len(self._queue) >= PAUSE_CHUNKS and not self._paused:
                 self._paused = True
                 for each in self._search.active.values():
@@ -487,8 +487,7 @@ class Download:
         """Take whole chunks, have them hashed and written, tell the machine."""
         while True:
             while not self._queue:
-                self._queued = trio.Event()
-                await self._queued.wait()
+                await self._verifiers.park()
             batch = [self._queue.popleft() for _ in range(min(VERIFY_BATCH, len(self._queue)))]
 
             def work(batch: list[tuple[SourceStream, int, memoryview]] = batch) -> list[bool]:

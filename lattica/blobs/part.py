@@ -75,7 +75,7 @@ class PartFile:
                     preallocate(self._fd, manifest.size)
                 if manifest.size >= _DIRECT_OVER:
                     self._direct_fd = open_direct(path)
-            except BaseException:
+            except OSError:
                 os.close(self._fd)
                 if not existed:
                     path.unlink()

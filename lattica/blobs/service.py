@@ -74,7 +74,7 @@ class BlobService:
         self._routing = routing
         self._jobs: dict[Multihash, _Job] = {}
         self._to_announce: dict[Multihash, None] = {}
-        self._announce_wake = trio.Event()
+        self._announcers = trio.lowlevel.ParkingLot()
         threads = trio.CapacityLimiter(HASH_THREADS)
         self._env = Environment(host, routing, store, self.announce, threads)
         host.handle(PROTOCOL, self.server.handle)
@@ -287,7 +287,7 @@ class BlobService:
         """Tell the network, some time soon, that we have (a part of) this."""
         if self._routing is not None:
             self._to_announce[multihash] = None
-            self._announce_wake.set()
+            self._announcers.unpark()
 
     async def run(self) -> None:
         """Announce what we have, until cancelled. Files of a folder are found through the folder."""
@@ -306,8 +306,7 @@ class BlobService:
     async def _announce_loop(self, routing: ContentRouting) -> None:
         while True:
             while not self._to_announce:
-                self._announce_wake = trio.Event()
-                await self._announce_wake.wait()
+                await self._announcers.park()
             multihash = next(iter(self._to_announce))
             del self._to_announce[multihash]
             blob = self.store.get(multihash)

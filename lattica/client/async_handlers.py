@@ -82,7 +82,7 @@ class HandlerTasks:
         self._idle.append(seat)
         try:
             await seat.gate.wait()
-        except BaseException:
+        except BaseException:  # cancelled; raised again
             if seat in self._idle:
                 self._idle.remove(seat)
             raise

@@ -42,7 +42,10 @@ class AsyncLink(LocalChannel):
         self.on_blocked = loop.want_writable
         self._methods = methods
         self._serve = serve
-        self._waiting: deque[Gate] = deque()
+        self._callers: deque[Gate] = deque()
+        """Tasks that wait until the daemon takes one more call."""
+        self._writers: deque[Gate] = deque()
+        """Tasks that wait until the daemon has read what was written."""
         self._flush_scheduled = False
         self._timer_scope: anyio.CancelScope | None = None
         self._timer_at = float("inf")
@@ -64,7 +67,7 @@ class AsyncLink(LocalChannel):
         except OSError as error:
             sock.close()
             raise connect_error(path, error) from None
-        except BaseException:
+        except BaseException:  # cancelled; raised again
             sock.close()
             raise
         return cls(sock, current_loop(), pool, methods, serve)
@@ -101,11 +104,21 @@ class AsyncLink(LocalChannel):
         machine = self.machine
         with anyio.CancelScope(deadline=float("inf") if deadline is None else deadline) as scope:
             while not (machine.lost or machine.going_away or (machine.can_open() and not self.congested())):
-                gate = self.loop.gate()
-                self._waiting.append(gate)
-                await gate.wait()
+                await self._wait_in(self._callers)
         if scope.cancelled_caught:
             raise DeadlineExceeded("the deadline passed before the daemon took the call")
+
+    async def _wait_in(self, line: deque[Gate]) -> None:
+        gate = self.loop.gate()
+        line.append(gate)
+        try:
+            await gate.wait()
+        except BaseException:  # cancelled; raised again
+            if gate in line:
+                line.remove(gate)
+            else:
+                _let_in(line)  # it was let in, and will not come
+            raise
 
     def has_room(self) -> bool:
         """`room` would not wait."""
@@ -146,8 +159,7 @@ class AsyncLink(LocalChannel):
 
     def call_over(self) -> None:
         """A call of ours is over."""
-        if self._waiting:
-            self._waiting.popleft().open()
+        _let_in(self._callers)
 
     def on_frame(self, kind: int, call: Call, head: bytes, tail: Buffer) -> None:
         """Events of the session itself."""
@@ -157,8 +169,9 @@ class AsyncLink(LocalChannel):
             self._let_all_in()
 
     def _let_all_in(self) -> None:
-        while self._waiting:
-            self._waiting.popleft().open()
+        for line in (self._callers, self._writers):
+            while line:
+                _let_in(line)
 
     # -- reading and writing ------------------------------------------------------------------------------
     def flush(self) -> None:
@@ -183,9 +196,7 @@ class AsyncLink(LocalChannel):
     async def writable(self) -> None:
         """Wait until the daemon has caught up."""
         while self.congested() and not self.closed:
-            gate = self.loop.gate()
-            self._waiting.append(gate)
-            await gate.wait()
+            await self._wait_in(self._writers)
 
     def _collect(self, channel: Channel, call: Call, head: bytes, tail: Buffer) -> None:
         method = self._methods.get(call.method)
@@ -209,6 +220,11 @@ class AsyncLink(LocalChannel):
                 self._timer_scope = scope
                 await anyio.sleep_forever()
             self.expire()
+
+
+def _let_in(line: deque[Gate]) -> None:
+    if line:
+        line.popleft().open()
 
 
 class Waiter:

@@ -144,7 +144,7 @@ class AsyncClient(DaemonVerbs):
         call = link.open(method, head, tails, flags, deadline, route, waiter)
         try:
             await waiter.wait()
-        except BaseException:
+        except BaseException:  # cancelled: the handler is to stop, too; raised again
             _cancel(link, call)
             raise
         if waiter.kind != RESPONSE:
@@ -252,7 +252,7 @@ class AsyncClient(DaemonVerbs):
             self._group.start_soon(self._run_link, link)
             try:
                 await link.wait_greeted(self.path, self._timeout)
-            except BaseException:
+            except BaseException:  # also cancelled: nobody would use it; raised again
                 link.hang_up()
                 raise
             self._link = link

@@ -198,7 +198,7 @@ class _AsyncioLoop(Loop):
             def call() -> None:
                 try:
                     function()
-                except Exception as error:
+                except Exception as error:  # asyncio would only log it; whoever awaits `watch` gets it
                     self._loop.remove_reader(sock)
                     if not end.done():
                         end.set_exception(error)

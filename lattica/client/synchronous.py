@@ -61,7 +61,7 @@ def connect(
     client = Client(home, timeout=timeout, handler_threads=handler_threads)
     try:
         client.reconnect()
-    except BaseException:
+    except BaseException:  # KeyboardInterrupt as well: its threads would live on; raised again
         client.close()
         raise
     return client
@@ -209,7 +209,7 @@ class Client(DaemonVerbs):
     def _wait(self, link: Link, call: Call, waiter: Waiter, timeout: float | None) -> Any:
         try:
             done = waiter.wait(timeout)
-        except BaseException:  # KeyboardInterrupt: the handler should stop, too
+        except BaseException:  # KeyboardInterrupt: the handler is to stop, too; raised again
             self._cancel(link, call)
             raise
         if not done:

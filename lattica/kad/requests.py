@@ -59,15 +59,12 @@ class Requests:
         """
         with self._reported(peer):
             stream = await self._open(peer, addrs)
-            try:
+            with stream.reset_on_error():
                 await stream.send_frame(message.encode())
                 answer = decode_message_untrusted(await stream.receive_frame(KAD_MAX_FOREIGN_MESSAGE_BYTES))
                 if answer.type != message.type:
                     raise RemoteProtocolError(f"answer of type {answer.type} to a request of type {message.type}")
                 checked = self._check_untrusted(stream, message, answer)
-            except BaseException:
-                stream.reset()
-                raise
             await stream.aclose()
             return checked
 

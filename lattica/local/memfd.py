@@ -161,7 +161,7 @@ class SegmentPool:
         try:
             _write_all(segment.fd, buffers)
             segment.label(length)
-        except BaseException:
+        except OSError:
             segment.close()
             raise
         return segment
@@ -171,7 +171,7 @@ class SegmentPool:
         segment = self._take(length)
         try:
             _write_all(segment.fd, buffers)
-        except BaseException:
+        except OSError:
             segment.close()
             raise
         return self._map(segment, length)
@@ -183,7 +183,7 @@ class SegmentPool:
     def _map(self, segment: Segment, length: int) -> Buffer:
         try:
             mapping = OwnedTail(segment.fd, HEADER_BYTES + length)
-        except BaseException:
+        except OSError:
             segment.close()
             raise
         mapping.segment, mapping.in_use = segment, True
@@ -257,13 +257,10 @@ class SegmentPool:
     def _new_segment(self, length: int) -> Segment:
         capacity = 1 << max(20, (length - 1).bit_length())  # untouched pages cost nothing, and sizes meet again
         fd = os.memfd_create("lattica-tail", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            os.ftruncate(fd, HEADER_BYTES + capacity)
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-        except BaseException:
-            os.close(fd)
-            raise
-        return Segment(fd, capacity, self)
+        segment = Segment(fd, capacity, self)  # which closes it when one of these fails
+        os.ftruncate(fd, HEADER_BYTES + capacity)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        return segment
 
 
 class LentSegments:

@@ -21,7 +21,7 @@ from typing import Final
 
 import trio
 
-from lattica.errors import ConfigError, ConnectionLost, HomeInUse
+from lattica.errors import ConfigError, ConnectionLost, HomeInUse, LatticaError
 from lattica.local.channel import FEATURES, LOCAL_LIMITS, LocalChannel
 from lattica.local.memfd import SegmentPool
 from lattica.rpc.channel import RequestHandler, Turn
@@ -260,7 +260,7 @@ def _listen(path: Path) -> tuple[socket.socket, tuple[int, int]]:
     except OSError as error:
         listener.close()
         raise ConfigError(f"cannot listen on {path}: {error.strerror or error}") from None
-    except BaseException:
+    except LatticaError:
         listener.close()
         raise
     return listener, (found.st_dev, found.st_ino)

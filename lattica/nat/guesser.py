@@ -150,7 +150,7 @@ class PortGuesser:
         self, stream: Stream, exchange: GuessExchange, own: Side, left: list[Technique] | None, hopeless_too: bool
     ) -> list[Technique] | None:
         """The initiator's messages. Which techniques are left."""
-        try:
+        with stream.reset_on_error():
             exchange.offer(own, os.urandom(HALF_KEY_BYTES), trio.current_time())
             await _send(stream, exchange)
             exchange.receive_untrusted(await stream.receive_frame(GUESS_MAX_MESSAGE_BYTES), trio.current_time())
@@ -164,9 +164,6 @@ class PortGuesser:
                 exchange.go(technique, trio.current_time(), opens=should_open(*behaviours, initiator=True))
                 await _send(stream, exchange)
             await stream.aclose()
-        except BaseException:
-            stream.reset()
-            raise
         return left
 
     async def _answer(self, stream: Stream) -> None:
@@ -316,7 +313,7 @@ class PortGuesser:
     async def _until_direct(self, peer: PeerId) -> None:
         """Until there is a direct connection with `peer`."""
         with self._host.subscribe() as events:
-            if any(c.path != "relay" and not c.closed.is_set() for c in self._host.connections(peer)):
+            if any(c.path != "relay" for c in self._host.connections(peer)):
                 return
             async for event in events:
                 if isinstance(event, PeerConnected) and event.peer == peer and event.connection.path != "relay":

@@ -45,7 +45,7 @@ async def resolve_servers(servers: Sequence[str]) -> list[Observer]:
                 continue
             found.append(Observer(plain_address(answers[0][4]), trusted=True))  # type: ignore[arg-type]
         if scope.cancelled_caught:
-            log.warning("stun_server_unknown addr=%s error=timeout", text)
+            log.warning("stun_server_unknown addr=%s error=%s", text, "timeout")
     return found
 
 

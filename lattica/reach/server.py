@@ -101,7 +101,7 @@ class DialServer:
                 status = DialStatus.DIAL_ERROR
                 with trio.move_on_after(REQUEST_SECONDS / 2 / AUTONAT_V1_MAX_DIALS):
                     status = await dial_back(addr, peer, None)
-                log.debug("dialled_back version=1 peer=%s addr=%s status=%s", peer.short(), addr, status.name)
+                log.debug("dialled_back_v1 peer=%s addr=%s status=%s", peer.short(), addr, status.name)
                 if status is DialStatus.OK:
                     self.served[1, status.name] += 1
                     return v1_response(V1Status.OK, addr=addr)

@@ -210,7 +210,7 @@ class ReachService:
         for connection in self._host.connections(server):
             local = connection.local_addr.ip()
             stale = local is not None and not local.is_unspecified and local not in own
-            if connection.path != "relay" and not stale and not connection.closed.is_set():
+            if connection.path != "relay" and not stale:
                 return connection
         raise ConnectionLost("no direct connection is up")
 

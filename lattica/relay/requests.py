@@ -78,14 +78,11 @@ async def _ask(host: Host, connection: Connection, request: HopMessage) -> tuple
     try:
         with trio.fail_after(RELAY_SETUP_SECONDS):
             stream = await host.open_stream(connection.peer_id, HOP_PROTOCOL, connection=connection)
-            try:
+            with stream.reset_on_error():
                 await stream.send_frame(request.encode())
                 answer = HopMessage.decode_untrusted(await stream.receive_frame(RELAY_MAX_MESSAGE_BYTES))
                 if answer.type != HopType.STATUS or answer.status != Status.OK:
                     raise DialError(f"the relay {relay} refused: {describe_status(answer.status)}")
-            except BaseException:
-                stream.reset()
-                raise
             return answer, stream
     except trio.TooSlowError:
         raise DialError(f"the relay {relay} did not answer within {RELAY_SETUP_SECONDS:g} s") from None

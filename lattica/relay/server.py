@@ -225,7 +225,7 @@ class RelayServer:
             raise ConnectionLost("it is not connected directly any more")
         limit = self.table.limits.message()
         stream = await self._host.open_stream(target, STOP_PROTOCOL, connection=connection)
-        try:
+        with stream.reset_on_error():
             request = StopMessage(
                 type=StopType.CONNECT, peer=RelayPeer.make(source.peer_id, _seen_at(source)), limit=limit
             )
@@ -233,14 +233,11 @@ class RelayServer:
             answer = StopMessage.decode_untrusted(await stream.receive_frame(RELAY_MAX_MESSAGE_BYTES))
             if answer.type != StopType.STATUS or answer.status != Status.OK:
                 raise ProtocolNotSupported(f"the target said: {describe_status(answer.status)}")
-        except BaseException:
-            stream.reset()
-            raise
         return stream
 
     def _direct(self, peer: PeerId) -> Connection | None:
         """The cheapest connection to carry circuits over: TCP before QUIC, and no other relay's."""
-        direct = [c for c in self._host.connections(peer) if c.path != "relay" and not c.closed.is_set()]
+        direct = [c for c in self._host.connections(peer) if c.path != "relay"]
         return min(direct, key=lambda c: c.path == "quic", default=None)
 
 

@@ -231,9 +231,8 @@ class Space:
         self._instance = replica.instance
         self.since_snapshot += len(unsaved.operations)
         for op in unsaved.lost:
-            log.warning(
-                "space_operation_lost space=%s operation=%s reason=left_out_by_checkpoint", self.id, op.id.hex()
-            )
+            why = "left out by a checkpoint"
+            log.warning("space_operation_lost space=%s operation=%s reason=%s", self.id, op.id.hex(), why)
 
     def after_change(self) -> None:
         """Tell the watchers of what came."""

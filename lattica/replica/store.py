@@ -314,7 +314,7 @@ def _connect(path: Path | None) -> sqlite3.Connection:
         if version < VERSION:
             forget = "DELETE FROM snapshots;" if version else ""
             connection.executescript(f"BEGIN; {SCHEMA} {forget} PRAGMA user_version = {VERSION}; COMMIT;")
-    except BaseException:
+    except (sqlite3.Error, ConfigError):
         connection.close()
         raise
     return connection

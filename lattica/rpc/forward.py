@@ -39,7 +39,7 @@ from lattica_protocols.errors import LocalProtocolError, RemoteProtocolError
 from lattica_protocols.limits import LOCAL_MAX_METHODS, LOCAL_MAX_SERVICE_NAME, LOCAL_MAX_SERVICES
 from lattica_protocols.peer_id import PeerId
 from lattica_protocols.rpc.calls import Call
-from lattica_protocols.rpc.frames import INVALID_ARGUMENT, RESOURCE_EXHAUSTED, SERVICE_NOT_FOUND, Buffer
+from lattica_protocols.rpc.frames import CANCEL, INVALID_ARGUMENT, RESOURCE_EXHAUSTED, SERVICE_NOT_FOUND, Buffer
 from lattica_protocols.rpc.tensors import decode_args_untrusted, encode_value
 
 if TYPE_CHECKING:
@@ -258,7 +258,11 @@ class _Waiting:
         call.owner = self
 
     def on_frame(self, kind: int, call: Call, head: bytes, tail: Buffer) -> None:
-        self.frames.append((kind, head, tail))
+        if kind == CANCEL:
+            self.head = self.tail = b""  # the peer may be long in coming, and nobody waits for it any more
+            self.frames.clear()
+        else:
+            self.frames.append((kind, head, tail))
 
     def pass_on(self, target: Channel) -> None:
         splice(self.channel, self.call, self.head, self.tail, target)

@@ -135,7 +135,7 @@ class SessionPaths:
     async def _first_stream(self, peer: PeerId) -> Stream | None:
         """A stream whose peer answers: over whichever connection that is up does so first, else over a new one."""
         found: list[Stream] = []
-        up = [c for c in self._host.connections(peer) if not c.closed.is_set()]
+        up = self._host.connections(peer)
 
         async def try_one(delay: float, connection: Connection | None) -> None:
             try:

@@ -89,6 +89,7 @@ class RpcService:
         self._threads = trio.CapacityLimiter(WORKER_THREADS)
         host.nursery.start_soon(self.turn.run)
         host.nursery.start_soon(self._follow_paths)
+        host.nursery.start_soon(self._retire_idle)
         host.handle(PROTOCOL_ID, self._accept)
 
     # -- services -------------------------------------------------------------------------------------
@@ -267,8 +268,6 @@ class RpcService:
         channel.reopen = self._paths.reopen
         self._sessions[peer, session] = channel
         self._channels.setdefault(peer, channel)
-        if len(self._sessions) == 1:
-            self._host.nursery.start_soon(self._retire_idle)
         return channel
 
     def _retired(self, channel: PeerChannel) -> None:
@@ -298,7 +297,7 @@ class RpcService:
     async def _retire_idle(self) -> None:
         """Close sessions that nobody used for a while, so that they do not keep connections open for ever."""
         seen: dict[PeerChannel, int] = {}
-        while self._sessions:
+        while True:
             await trio.sleep(IDLE_SECONDS)
             channels = list(self._sessions.values())
             for channel in channels:

@@ -110,7 +110,7 @@ class DaemonThread:
     def _run(self) -> None:
         try:
             trio.run(self._main)
-        except BaseException as error:
+        except BaseException as error:  # whatever ends the daemons: raised in the thread that uses them
             self._error = error
         finally:
             self._ready.set()

@@ -122,7 +122,7 @@ class CircuitTransport(Transport):
         lock = self._dialling.setdefault(relay, trio.Lock())
         try:
             async with lock:
-                direct = [c for c in self._host.connections(relay) if c.path != "relay" and not c.closed.is_set()]
+                direct = [c for c in self._host.connections(relay) if c.path != "relay"]
                 if direct:
                     return min(direct, key=lambda c: c.path == "quic")
                 before = None if addr is None else addr.before_circuit()
@@ -216,7 +216,7 @@ class CircuitTransport(Transport):
         finally:
             self._unfinished.pop(scope, None)
         if scope.cancelled_caught:
-            log.debug("circuit_refused relay=%s peer=%s error=too_slow", via.peer_id.short(), source.short())
+            log.debug("circuit_refused relay=%s peer=%s error=%s", via.peer_id.short(), source.short(), "too slow")
             stream.reset()
             return
         self._host.nursery.start_soon(on_connection, connection)

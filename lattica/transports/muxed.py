@@ -305,7 +305,7 @@ class MuxedConnection(Connection):
         except Exception as error:
             # A bug in a sink, in the worst case one that a peer can provoke: it may cost this connection, not
             # the node.
-            logger.exception("connection to %s: unexpected error", self.peer_id)
+            logger.exception("connection_bug peer=%s", self.peer_id.short())
             self.abort(ConnectionLost(f"internal error: {error!r}"))
 
     async def _ping_again(self) -> None:
@@ -546,7 +546,7 @@ class MuxedConnection(Connection):
         try:
             self._flush()
         except (OSError, LatticaError, LocalProtocolError):
-            logger.debug("connection to %s: no goodbye", self.peer_id)
+            logger.debug("goodbye_not_sent peer=%s", self.peer_id.short())
 
 
 class _Flushed(enum.Enum):

@@ -35,6 +35,7 @@ from lattica_protocols.limits import (
     MAX_QUIC_RESETS_PER_SECOND,
     QUIC_RETRY_THRESHOLD,
 )
+from lattica_protocols.nat.scope import customer_of
 
 if TYPE_CHECKING:
     from lattica.transports.quic_connection import QuicLink
@@ -81,7 +82,7 @@ class Admission:
 
     def opened(self, link: QuicLink, addr: Address) -> None:
         """`link` was made for an admitted Initial."""
-        network = _network(addr)
+        network = _customer(addr)
         self._half_open[link] = network
         self._by_network[network] += 1
 
@@ -133,7 +134,7 @@ class Admission:
             return None
         if self.half_open >= MAX_QUIC_HALF_OPEN:
             return None
-        if self._by_network[_network(addr)] >= MAX_QUIC_HALF_OPEN_PER_IP:
+        if self._by_network[_customer(addr)] >= MAX_QUIC_HALF_OPEN_PER_IP:
             return None
         if token:
             try:
@@ -204,9 +205,5 @@ def _connection_ids(data: bytes) -> tuple[bytes, bytes] | None:
     return data[6:end], data[end + 1 : source_end]
 
 
-def _network(addr: Address) -> str:
-    """What counts as one stranger: an IPv4 address, or the /64 that one IPv6 customer has to himself."""
-    ip = ipaddress.ip_address(addr[0].partition("%")[0])
-    if ip.version == 4:
-        return str(ip)
-    return str(ipaddress.IPv6Network((ip, 64), strict=False))
+def _customer(addr: Address) -> str:
+    return str(customer_of(ipaddress.ip_address(addr[0].partition("%")[0])))

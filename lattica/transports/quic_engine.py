@@ -232,14 +232,14 @@ class Engine(BulkPaths):
         try:
             if not self._receive_stream_packet(data, addr, now):
                 self.receive_datagram(data, addr, now)
-        except Exception as error:
+        except Exception as error:  # logged, and the reason that the connection ends with
             self._broke(error)
 
     def on_timer(self, now: float) -> None:
         """The time of `get_timer` has come."""
         try:
             self.handle_timer(now)
-        except Exception as error:
+        except Exception as error:  # logged, and the reason that the connection ends with
             self._broke(error)
 
     def transmit(self, now: float) -> list[tuple[bytes, Any]]:
@@ -248,13 +248,13 @@ class Engine(BulkPaths):
             return []
         try:
             return self._transmit(now)
-        except Exception as error:
+        except Exception as error:  # logged, and the reason that the connection ends with
             self._broke(error)
             return []
 
     def _broke(self, error: Exception) -> None:
         # Whatever a hostile packet makes aioquic raise (it has had such bugs) ends this connection and nothing else.
-        _log.error("QUIC connection failed inside aioquic", exc_info=error)
+        _log.error("quic_connection_bug error=%s", error, exc_info=error)
         self.terminate()
         self._close_event = ConnectionTerminated(
             error_code=QuicErrorCode.INTERNAL_ERROR, frame_type=None, reason_phrase=repr(error)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import logging
 import os
 import socket
@@ -29,6 +30,7 @@ from lattica.transports.upgrade import ConnectionFacts, Upgrader
 from lattica_protocols.keys import PrivateKey
 from lattica_protocols.limits import MAX_UNFINISHED_HANDSHAKES, MAX_UNFINISHED_HANDSHAKES_PER_IP
 from lattica_protocols.multiaddr import Multiaddr
+from lattica_protocols.nat.scope import customer_of
 from lattica_protocols.paths.heartbeat import USUAL, Pace
 from lattica_protocols.peer_id import PeerId
 
@@ -159,25 +161,27 @@ class TcpTransport(Transport):
     def serve_inbound(self, sock: socket.socket, ip: str, on_connection: OnConnection) -> None:
         """Shake hands with whoever dialled us, unless too many are at it already."""
         unfinished = self._unfinished
-        if unfinished.total() >= MAX_UNFINISHED_HANDSHAKES or unfinished[ip] >= MAX_UNFINISHED_HANDSHAKES_PER_IP:
+        customer = str(customer_of(ipaddress.ip_address(ip.partition("%")[0])))
+        if unfinished.total() >= MAX_UNFINISHED_HANDSHAKES or unfinished[customer] >= MAX_UNFINISHED_HANDSHAKES_PER_IP:
             sock.close()
             return
-        unfinished[ip] += 1
-        self._nursery.start_soon(self._serve_inbound, sock, ip, on_connection)
+        unfinished[customer] += 1
+        self._nursery.start_soon(self._serve_inbound, sock, ip, customer, on_connection)
 
-    async def _serve_inbound(self, sock: socket.socket, ip: str, on_connection: OnConnection) -> None:
+    async def _serve_inbound(self, sock: socket.socket, ip: str, customer: str, on_connection: OnConnection) -> None:
         try:
             _prepare(sock)
             facts = ConnectionFacts(_local_addr(sock), _remote_addr(sock), "inbound", "tcp")
             initiator = self.punching[ip] > 0 and not await _speaks_first(sock)
             connection = await self.upgrader.upgrade(SocketChannel(sock), facts, None, initiator=initiator)
         except (OSError, LatticaError) as error:
-            logger.debug("inbound from %s: %s", ip, error)
+            logger.debug("inbound_failed ip=%s error=%s", ip, error)
+            sock.close()
             return
         finally:
-            self._unfinished[ip] -= 1
-            if not self._unfinished[ip]:
-                del self._unfinished[ip]
+            self._unfinished[customer] -= 1
+            if not self._unfinished[customer]:
+                del self._unfinished[customer]
         self.adopt(connection)
         await on_connection(connection)
 
@@ -220,7 +224,7 @@ class TcpListener(Listener):
         except OSError as error:
             # Linux hands errors of the new connection out here; only lack of resources is ours, and passes.
             if error.errno in _OUT_OF_RESOURCES:
-                logger.warning("cannot accept on %s: %s", self.addrs[0], error.strerror)
+                logger.warning("accept_failed addr=%s error=%s", self.addrs[0], error.strerror)
                 await trio.sleep(ACCEPT_PAUSE)
             return
         self._transport.serve_inbound(sock, str(sockaddr[0]), self._on_connection)
@@ -263,7 +267,7 @@ async def _connect_one(family: int, sockaddr: tuple[str, int], bind_port: int | 
             error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if error:
                 raise OSError(error, os.strerror(error)) from None
-    except BaseException:
+    except BaseException:  # most often cancelled, as another address was quicker; raised again
         sock.close()
         raise
     return sock

@@ -1,6 +1,7 @@
 """Every bound on a size or count that a peer can choose, each with its reason.
 
-Units: bytes unless the name says otherwise. One section per protocol.
+Units: bytes unless the name says otherwise. One section per protocol, from the encodings up to replicated state. It is
+one file, however long: whoever wants to know what a stranger can make us spend reads one list to its end.
 """
 
 from __future__ import annotations
@@ -262,7 +263,8 @@ MAX_NOISE_MUXERS = 32
 MAX_UNFINISHED_HANDSHAKES = 256
 """Accepted sockets that have not proven a peer id yet, all together: each costs a task and a file descriptor."""
 MAX_UNFINISHED_HANDSHAKES_PER_IP = 32
-"""The same from one address, so that one stranger cannot take all places; 32 daemons starting behind a NAT fit."""
+"""The same from one IPv4 address or IPv6 /64, so that one stranger cannot take all places; 32 daemons starting behind a
+NAT fit."""
 
 # -- yamux --------------------------------------------------------------------------------------------------------
 YAMUX_INITIAL_WINDOW = 256 * 1024

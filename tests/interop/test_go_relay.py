@@ -10,6 +10,7 @@ import pytest
 import trio
 import trio.lowlevel
 from p2pd_peer import P2pd, running_p2pd
+from waiting import until
 
 import lattica
 from lattica.interfaces import Stream
@@ -99,11 +100,12 @@ def addr_of(relay: Node) -> Multiaddr:
 
 async def chosen_relay(relays: list[Node], peer: P2pd) -> Node:
     """Where the Go peer has a reservation; it tells nobody, but the relay knows."""
-    while True:
-        for relay in relays:
-            if peer.peer_id in relay.relay_server.table.reservations():
-                return relay
-        await trio.sleep(0.01)
+
+    def holders() -> list[Node]:
+        return [relay for relay in relays if peer.peer_id in relay.relay_server.table.reservations()]
+
+    await until(holders)
+    return holders()[0]
 
 
 def hidden_go(binary: Path, relays: list[Node]) -> AbstractContextManager[P2pd]:

@@ -9,7 +9,6 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,12 @@ from nat_lab import LabHost
 sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
 
 from daemon_processes import READY_TIMEOUT, Process, clean_environment
+from waiting import wait_until as wait_until  # for everything that runs in the lab
 
 import lattica_daemon.run  # noqa: F401  # loaded before the fork
 from lattica_daemon.main import main
 
 LISTEN = ("--listen", "/ip4/0.0.0.0/tcp/4101", "--listen", "/ip4/0.0.0.0/udp/4101/quic-v1")
-POLL_SECONDS = 0.02
 
 
 class _Child:
@@ -124,14 +123,3 @@ class LabDaemon:
 
     def stop(self) -> None:
         self.process.stop()
-
-
-def wait_until(
-    condition: Callable[[], object], seconds: float, log: Callable[[], str] = lambda: "", *, poll: float = POLL_SECONDS
-) -> float:
-    """Seconds until `condition()`; processes are polled, there is nothing to wait on."""
-    started = time.monotonic()
-    while not condition():
-        assert time.monotonic() - started < seconds, f"not within {seconds} s\n{log()}"
-        time.sleep(poll)
-    return time.monotonic() - started

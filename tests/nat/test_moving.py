@@ -17,7 +17,8 @@ import pytest
 import trio
 from lab_daemons import LabDaemon
 from nat_lab import Lab, LabBox
-from test_paths import NATTED, Load, Work, until
+from test_paths import NATTED, Load, Work
+from waiting import until
 
 import lattica
 
@@ -101,7 +102,7 @@ async def move(moving: Moving, cid: str, copy: Path, happens: Callable[[], None]
         if a.paths(b) == {"relay"}:
             a.json("peer", "disconnect", b.peer_id)
         await client.call(b.peer_id, "work.echo", -1, None, timeout=30)
-        await until(lambda: a.paths(b) & {"tcp", "quic"}, 30, a, b)
+        await until(lambda: a.paths(b) & {"tcp", "quic"}, 30, moving.logs)
         load = Load(client, b.peer_id)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(load.unary, 0, 10)
@@ -109,11 +110,13 @@ async def move(moving: Moving, cid: str, copy: Path, happens: Callable[[], None]
             nursery.start_soon(load.down)
             nursery.start_soon(load.up)
             nursery.start_soon(fetch)
-            await until(lambda: _written(copy) > FETCHED_BEFORE and load.calls > 10 and load.items > 10, 30, a, b)
+            await until(
+                lambda: _written(copy) > FETCHED_BEFORE and load.calls > 10 and load.items > 10, 30, moving.logs
+            )
             assert not fetched, "the fetch was over before anything moved"
             load.longest_gap, calls = 0.0, load.calls
             happens()
-            await until(lambda: fetched and load.calls > calls + CALLS_AFTER, FETCH_SECONDS, a, b)
+            await until(lambda: fetched and load.calls > calls + CALLS_AFTER, FETCH_SECONDS, moving.logs)
             load.stop = True
         print(  # noqa: T201
             f"\nlongest gap {load.longest_gap:.1f} s, {load.calls} calls, {load.items} items; "

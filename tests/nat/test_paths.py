@@ -17,6 +17,7 @@ import numpy as np
 import trio
 from lab_daemons import LabDaemon
 from nat_lab import Lab, LabBox
+from waiting import until
 
 import lattica
 from lattica.client.async_items import ItemReader
@@ -159,20 +160,24 @@ async def main(
         await worker.serve("work", work)
         a.json("peer", "connect", address)
         load = Load(client, b.peer_id)
+
+        def logs() -> str:
+            return "".join(each.process.log()[-20_000:] for each in (a, b))
+
         async with trio.open_nursery() as nursery:
             nursery.start_soon(load.unary, 0, 10)
             nursery.start_soon(load.unary, 1 << 20, 300_000)
             nursery.start_soon(load.down)
             nursery.start_soon(load.up)
             nursery.start_soon(fetch)
-            direct = await until(lambda: _bytes(a, b, {"tcp", "quic"}) > DIRECT_BEFORE_CUT, 60, a, b)
+            direct = await until(lambda: _bytes(a, b, {"tcp", "quic"}) > DIRECT_BEFORE_CUT, 60, logs)
             assert not fetched, "the fetch was over before the path was cut"
             cut(lab, boxes[0], boxes[1])
             cut_at, calls = datetime.now().astimezone(), load.calls
             load.longest_gap = 0.0
-            await until(lambda: not (a.paths(b) | b.paths(a)) & {"tcp", "quic"}, 30, a, b)
+            await until(lambda: not (a.paths(b) | b.paths(a)) & {"tcp", "quic"}, 30, logs)
             gone = (datetime.now().astimezone() - cut_at).total_seconds()
-            await until(lambda: load.calls > calls + 200 and fetched, 180, a, b)
+            await until(lambda: load.calls > calls + 200 and fetched, 180, logs)
             load.stop = True
         assert fetched[0].returncode == 0, fetched[0].stderr + a.process.log()
         assert a.paths(b) == {"relay"}
@@ -191,12 +196,3 @@ async def main(
 def _bytes(daemon: LabDaemon, other: LabDaemon, paths: set[str]) -> int:
     peers = daemon.json("peers")
     return sum(p["received_bytes"] for p in peers if p["peer_id"] == other.peer_id and p["path"] in paths)
-
-
-async def until(condition: Callable[[], object], seconds: float, *daemons: LabDaemon) -> float:
-    """`wait_until` for a test whose own tasks go on meanwhile."""
-    started = time.monotonic()
-    while not condition():
-        assert time.monotonic() - started < seconds, "".join(each.process.log()[-20_000:] for each in daemons)
-        await trio.sleep(0.05)
-    return time.monotonic() - started

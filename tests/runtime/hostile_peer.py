@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import struct
-import time
 from pathlib import Path
 from typing import Any
 
@@ -163,11 +162,3 @@ def length_prefix(size: int) -> bytes:
 async def open_hostile_stream(host: Host, watched: Watched, protocol: str) -> Any:
     """A negotiated stream of a proper connection, to be misused."""
     return await host.open_stream(watched.peer, protocol, addrs=watched.addrs[:1])
-
-
-def wait_until(condition: Any, seconds: float, what: str) -> None:
-    """Poll the victim's process from outside: there is nothing of it to wait on."""
-    ends = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < ends, what
-        time.sleep(0.05)

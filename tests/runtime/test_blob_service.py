@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import threading
@@ -12,10 +13,12 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from lattica.blobs import BlobService, BlobStore, FetchProgress
 from lattica.blobs import download as download_module
-from lattica.blobs.part import part_path
+from lattica.blobs.part import PartFile, part_path
+from lattica.blobs.service import ANNOUNCEMENTS_AT_A_TIME
 from lattica.errors import (
     ContentCorrupt,
     ContentNotFound,
@@ -49,6 +52,8 @@ class Directory:
         self.hidden: set[PeerId] = set()
         """Peers whose records nobody finds."""
         self.changed = trio.Event()
+        self.providing = self.most_providing = 0
+        """Records that are being written: now, and at most until now."""
 
     def of(self, host: Host) -> DirectoryClient:
         return DirectoryClient(self, host)
@@ -65,7 +70,10 @@ class DirectoryClient:
         self._host = host
 
     async def provide(self, key: bytes) -> int:
+        self._directory.providing += 1
+        self._directory.most_providing = max(self._directory.most_providing, self._directory.providing)
         await trio.lowlevel.checkpoint()
+        self._directory.providing -= 1
         self._directory.records.setdefault(key, {})[self._host.peer_id] = self._host.listen_addrs()
         self._directory.changed.set()
         return 1
@@ -124,6 +132,48 @@ async def world(tmp: Path) -> AsyncIterator[World]:
 
 def peer_of(service: BlobService) -> PeerId:
     return service._host.peer_id
+
+
+def test_several_announcements_are_made_at_a_time(run: Run, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with world(tmp_path) as w:
+            service = await w.service()
+            cids = [(await service.share(w.file(f"{n}.bin", 100, n))).cid for n in range(8)]
+            for cid in cids:
+                await w.directory.wait_for(cid)
+            await trio.testing.wait_all_tasks_blocked()
+            w.directory.most_providing = 0
+            for cid in cids:
+                service.announce(cid.multihash)
+            await trio.testing.wait_all_tasks_blocked()
+            assert w.directory.most_providing == ANNOUNCEMENTS_AT_A_TIME
+
+    run(main)
+
+
+def test_a_write_that_the_disk_holds_up_does_not_hold_up_the_others(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, others_wrote = itertools.count(), threading.Event()
+    write = PartFile.verify_and_write
+
+    def held_up(part: PartFile, index: int, data: memoryview) -> bool:
+        if next(calls) == 0:
+            assert others_wrote.wait(20)
+        else:
+            others_wrote.set()
+        return write(part, index, data)
+
+    monkeypatch.setattr(PartFile, "verify_and_write", held_up)
+
+    async def main() -> None:
+        async with world(tmp_path) as w:
+            alice, bob = await w.service(), await w.service()
+            shared = await alice.share(w.file("source.bin", 30 * CHUNK_BYTES))
+            await w.directory.wait_for(shared.cid)
+            await bob.fetch(shared.cid, tmp_path / "copy.bin")
+
+    run(main)
 
 
 SIZES = [0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 5 * CHUNK_BYTES + 17]

@@ -288,6 +288,35 @@ def test_a_deadline_ends_the_call_on_both_sides(run_in: Run, daemons: DaemonThre
     pair(run_in, daemons, main)
 
 
+def test_a_caller_that_gives_up_does_not_take_the_turn_of_the_next(run_in: Run, daemons: DaemonThread) -> None:
+    async def main(alice: lattica.AsyncClient, bob: str, expert: Expert) -> None:
+        await alice.call(bob, "expert.quick", 1, timeout=10)
+        assert alice._link is not None
+        alice._link.machine.peer_calls = 1
+        held, gave_up = anyio.CancelScope(), anyio.Event()
+
+        async def hold() -> None:
+            with held:
+                await alice.call(bob, "expert.sleep")
+
+        async def give_up() -> None:
+            with pytest.raises(DeadlineExceeded):
+                await alice.call(bob, "expert.quick", 1, timeout=0.05)
+            gave_up.set()
+
+        async def wait() -> None:
+            assert await alice.call(bob, "expert.quick", 1, timeout=5) == 2
+
+        async with anyio.create_task_group() as group:
+            for work in (hold, give_up, wait):
+                group.start_soon(work)
+                await anyio.wait_all_tasks_blocked()
+            await gave_up.wait()
+            held.cancel()
+
+    pair(run_in, daemons, main)
+
+
 def test_leaving_a_stream_closes_the_generator(run_in: Run, daemons: DaemonThread) -> None:
     async def main(alice: lattica.AsyncClient, bob: str, expert: Expert) -> None:
         async with aclosing(alice.stream(bob, "expert.endless", timeout=20)) as stream:  # type: ignore[type-var]

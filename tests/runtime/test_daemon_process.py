@@ -10,12 +10,12 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from daemon_processes import LOOPBACK, Process, clean_environment
+from waiting import wait_until
 
 import lattica
 from lattica.errors import ConnectionLost, LatticaError
@@ -44,20 +44,12 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Process, Pr
     try:
         first.start()
         second.start("--bootstrap", first.address)
-        eventually(lambda: second.json("dht", "info")["peers"] == 1)
-        eventually(lambda: first.json("dht", "info")["peers"] == 1)
+        wait_until(lambda: second.json("dht", "info")["peers"] == 1)
+        wait_until(lambda: first.json("dht", "info")["peers"] == 1)
         yield first, second
     finally:
         first.stop()
         second.stop()
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    """What another process does has no event here to wait for."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 # -- life cycle -------------------------------------------------------------------------------------------------------
@@ -133,7 +125,7 @@ def test_a_call_in_flight_is_finished_before_the_end(make: Callable[..., Process
         thread.start()
         assert entered.wait(20)
         daemon.signal(signal.SIGTERM)
-        eventually(lambda: "stopping" in daemon.log())
+        wait_until(lambda: "stopping" in daemon.log())
         leave.set()
         thread.join(20)
         assert results == ["finished"]
@@ -194,11 +186,11 @@ def test_hangup_reads_the_level_and_the_rules_again(make: Callable[..., Process]
     (daemon.home / "config.toml").write_text("[log]\nlevel = 'debug'\n")
     (daemon.home / "rules.json").write_text(json.dumps({"block": [daemon.peer_id]}))
     daemon.signal(signal.SIGHUP)
-    eventually(lambda: "reloaded part=lattica_daemon log_level=debug" in daemon.log())
+    wait_until(lambda: "reloaded part=lattica_daemon log_level=debug" in daemon.log())
     assert daemon.json("peer", "list-rules")["block"] == [daemon.peer_id]
     (daemon.home / "config.toml").write_text("[log]\nlevel = 'loud'\n")
     daemon.signal(signal.SIGHUP)
-    eventually(lambda: "reload_failed" in daemon.log())
+    wait_until(lambda: "reload_failed" in daemon.log())
     assert daemon.json("id")["peer_id"] == daemon.peer_id
 
 
@@ -382,11 +374,11 @@ def test_the_bench_measures_the_path(pair: tuple[Process, Process]) -> None:
 def test_a_blocked_peer_is_sent_away_and_stays_away(make: Callable[..., Process]) -> None:
     first, second = make("first").start(), make("second").start()
     second.json("peer", "connect", first.address)
-    eventually(lambda: len(first.json("peers")) > 0)
+    wait_until(lambda: len(first.json("peers")) > 0)
     assert first.json("peer", "block", second.peer_id)["closed"] >= 1
-    eventually(lambda: first.json("peers") == [])
+    wait_until(lambda: first.json("peers") == [])
     second.cli("peer", "connect", first.address)
-    eventually(lambda: second.json("peers") == [])
+    wait_until(lambda: second.json("peers") == [])
     assert first.json("peer", "list-rules")["block"] == [second.peer_id]
     first.json("peer", "allow", second.peer_id)
     assert second.json("peer", "connect", first.address)["peer_id"] == first.peer_id

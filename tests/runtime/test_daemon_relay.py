@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from daemon_processes import Process
+from waiting import wait_until
 
 
 @pytest.fixture
@@ -25,21 +25,13 @@ def make(tmp_path: Path) -> Iterator[Callable[[str], Process]]:
         one.stop()
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 30.0) -> None:
-    """What another process does has no event here to wait for."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def start_hidden(process: Process, relay: str) -> Process:
     """A daemon that listens nowhere: others reach it through `relay` or not at all."""
     process.home.mkdir()
     settings = f'[listen]\naddrs = []\n[discovery]\nbootstrap = ["{relay}"]\n'
     (process.home / "config.toml").write_text(settings)
     process.start(listen=())
-    eventually(lambda: process.json("status")["relay"]["reservations"] != {})
+    wait_until(lambda: process.json("status")["relay"]["reservations"] != {})
     return process
 
 
@@ -63,8 +55,8 @@ def test_two_hidden_daemons_meet_at_a_relay(make: Callable[[str], Process], tmp_
     port = address.split("/")[4]
     relay.signal(signal.SIGKILL)
     relay.wait()
-    eventually(lambda: one.json("status")["relay"]["reservations"] == {})
+    wait_until(lambda: one.json("status")["relay"]["reservations"] == {})
     relay.start("--relay", listen=("--listen", f"/ip4/127.0.0.1/tcp/{port}"))
     for process in (one, two):
-        eventually(lambda process=process: process.json("status")["relay"]["reservations"] != {})
+        wait_until(lambda process=process: process.json("status")["relay"]["reservations"] != {})
     assert two.json("peer", "connect", one.peer_id)["path"] == "relay"

@@ -7,12 +7,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from daemon_processes import clean_environment
+from waiting import wait_until
 
 
 @pytest.fixture
@@ -69,11 +69,8 @@ def test_a_file_of_ones_own_is_shared_and_stays(folder: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_an_interrupted_demo_stops_its_daemons(folder: Path) -> None:
     child = start(folder, "--megabytes", "8")
-    deadline = time.monotonic() + 60
-    while len(daemons_below(folder)) < 2:
-        assert time.monotonic() < deadline
-        assert child.poll() is None
-        time.sleep(0.05)
+    wait_until(lambda: len(daemons_below(folder)) >= 2 or child.poll() is not None, 60)
+    assert child.poll() is None
     child.send_signal(signal.SIGTERM)
     child.communicate(timeout=60)
     assert child.returncode not in (0, None)

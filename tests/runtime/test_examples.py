@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 from daemon_processes import Process, clean_environment
+from waiting import wait_until
 
 import lattica
 
@@ -74,15 +73,15 @@ def test_a_roster_heals_when_a_worker_is_killed(tmp_path: Path) -> None:
             def serving() -> dict[str, str]:
                 return dict(roster.map("stages").items())
 
-            wait_for(lambda: set(serving()) == {"stage 0", "stage 1"} and len(set(serving().values())) == 2)
+            wait_until(lambda: set(serving()) == {"stage 0", "stage 1"} and len(set(serving().values())) == 2, 60)
             before = serving()
             spare = next(peer for peer in workers if peer not in before.values())
             workers[before["stage 1"]].kill()
-            wait_for(lambda: serving() == {"stage 0": before["stage 0"], "stage 1": spare})
+            wait_until(lambda: serving() == {"stage 0": before["stage 0"], "stage 1": spare}, 60)
             alive = {member["peer_id"] for member in roster.members()}
             assert alive == {before["stage 0"], spare}
         with lattica.connect(daemons[2].home) as lat:
-            wait_for(lambda: dict(lat.space("roster").map("stages").items())["stage 1"] == spare)
+            wait_until(lambda: dict(lat.space("roster").map("stages").items())["stage 1"] == spare, 60)
 
 
 def _run_worker(stack: ExitStack, daemon: Process, space: str) -> subprocess.Popen[bytes]:
@@ -94,13 +93,6 @@ def _run_worker(stack: ExitStack, daemon: Process, space: str) -> subprocess.Pop
     stack.callback(worker.wait)
     stack.callback(worker.kill)
     return worker
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
 
 
 def test_a_node_inside_a_program() -> None:

@@ -27,7 +27,10 @@ from lattica.rpc import client_streaming, forward
 from lattica.rpc.peer_channel import PeerChannel
 from lattica.testing import MemoryNetwork
 from lattica.testing.local import LocalDaemon, open_local_daemon
+from lattica_protocols.keys import PrivateKey
 from lattica_protocols.limits import RPC_STREAM_ITEMS
+from lattica_protocols.multiaddr import Multiaddr
+from lattica_protocols.peer_id import PeerId
 
 Run = Callable[..., Any]
 Main = Callable[[LocalDaemon, LocalDaemon, lattica.AsyncClient, lattica.AsyncClient], Awaitable[None]]
@@ -416,5 +419,24 @@ def test_registering_nonsense(two: Callable[[Main], None]) -> None:
             with pytest.raises(InvalidArgument):
                 await alice.call(None, "local.register", *args, timeout=10)
         assert a.forwarder.services() == {}
+
+    two(main)
+
+
+def test_arguments_of_a_caller_that_gave_up_are_not_kept_for_a_peer_that_does_not_come(
+    two: Callable[[Main], None],
+) -> None:
+    async def main(a: LocalDaemon, b: LocalDaemon, alice: lattica.AsyncClient, bob: lattica.AsyncClient) -> None:
+        async def search(peer: PeerId) -> list[Multiaddr]:
+            await trio.sleep_forever()
+            raise AssertionError
+
+        a.host.find_addrs = search
+        stranger = PeerId.from_public_key(PrivateKey.generate(bytes(32)).public_key)
+        with pytest.raises(DeadlineExceeded):
+            await alice.call(stranger, "far.away", np.zeros(1 << 20), timeout=0.1)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        (waiting,) = a.forwarder._queues[stranger].requests
+        assert (waiting.head, waiting.tail) == (b"", b"")
 
     two(main)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 import trio
+from waiting import elapse
 
+import lattica.host
 from lattica.errors import (
     ConnectError,
     ConnectionLost,
@@ -255,7 +257,7 @@ def test_where_a_js_peer_sees_us(run_mocked) -> None:
             await service.ask_again()
             connection = one.connection(two.peer_id)
             assert connection is not None
-            assert connection.observed_addr == service.observed[two.peer_id] == seen
+            assert connection.observed_addr == seen
 
     run_mocked(main)
 
@@ -337,5 +339,46 @@ def test_a_peer_that_insists_on_a_protocol_is_slowed_down(run_mocked) -> None:
             await stream.send_all(b"x")
             assert await stream.receive_some() == b"x"
             assert trio.current_time() - started < 0.1
+
+    run_mocked(main)
+
+
+def test_connections_that_come_at_once_each_take_the_place_of_an_idle_one(run_mocked, monkeypatch) -> None:
+    monkeypatch.setattr(lattica.host, "MAX_CONNECTIONS", 2)
+
+    async def main() -> None:
+        network = MemoryNetwork()
+        async with AsyncExitStack() as stack:
+            one, *others = [await stack.enter_async_context(open_memory_host(network, n)) for n in range(1, 7)]
+            for other in others[:2]:
+                await one.connect(other.peer_id, other.listen_addrs())
+            await elapse(60)
+            transport = one.transports()[0]
+            made = [await transport.dial(other.listen_addrs()[0], other.peer_id) for other in others[2:]]
+            assert [one.adopt(connection) for connection in made] == [True, True, False]
+            assert one.connections() == made[:2]
+
+    run_mocked(main)
+
+
+def test_tcp_is_tried_for_bulk_once_an_address_for_it_is_known(run_mocked, monkeypatch) -> None:
+    tried = []
+
+    async def dial(peer, addrs) -> None:
+        tried.append(addrs)
+        raise ConnectError("a firewall")
+
+    async def main() -> None:
+        async with two_hosts() as (one, two):
+            two.handle("/echo/1", echo)
+            (await one.connect(two.peer_id)).path = "quic"
+            monkeypatch.setattr(one, "_dial", dial)
+            await one.open_stream(two.peer_id, "/echo/1", stream_class="bulk")
+            assert tried == []
+            tcp = Multiaddr.parse("/ip4/127.0.0.1/tcp/4101")
+            one.peerstore.add_addrs(two.peer_id, [tcp], 60)
+            for _ in range(2):
+                await one.open_stream(two.peer_id, "/echo/1", stream_class="bulk")
+            assert tried == [[tcp]]
 
     run_mocked(main)

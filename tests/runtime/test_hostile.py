@@ -37,8 +37,8 @@ from hostile_peer import (
     open_hostile_stream,
     open_protocol,
     until_closed,
-    wait_until,
 )
+from waiting import wait_until
 
 import lattica
 from lattica.blobs.service import PROTOCOL as BLOBS
@@ -108,8 +108,8 @@ def attack(victim: Watched, run: Callable[..., Any]) -> Callable[..., None]:
             await _serves(victim)
 
         run(main, seconds=60)
-        wait_until(lambda: victim.descriptors() <= descriptors + 8, 15, "file descriptors were left open")
-        wait_until(lambda: victim.state()["connections"] <= 2, 15, "connections were left open")
+        wait_until(lambda: victim.descriptors() <= descriptors + 8, 15, lambda: "file descriptors were left open")
+        wait_until(lambda: victim.state()["connections"] <= 2, 15, lambda: "connections were left open")
         assert victim.resident() - resident < growth, f"{victim.resident() - resident >> 20} MiB more than before"
         assert victim.state()["handler_bugs"] == 0
 
@@ -171,9 +171,8 @@ def test_half_handshakes_are_bounded(attack: Callable[..., None]) -> None:
             with contextlib.suppress(trio.BrokenResourceError):
                 await stream.send_all((b"", HEADER[:3], HEADER + encode_message("/noise"))[number % 3])
             streams.append(stream)
-        wait_until(
-            lambda: victim.descriptors() <= before + MAX_UNFINISHED_HANDSHAKES_PER_IP + 4, 5, "all handshakes are kept"
-        )
+        kept = before + MAX_UNFINISHED_HANDSHAKES_PER_IP + 4
+        wait_until(lambda: victim.descriptors() <= kept, 5, lambda: "all handshakes are kept")
         await _serves(victim)
         for stream in streams:
             await stream.aclose()
@@ -487,9 +486,9 @@ def test_a_peer_that_vanishes_during_calls(attack: Callable[..., None]) -> None:
 
     async def attacker(victim: Watched) -> None:
         peer = await _calls(victim, "victim.hang", (), 500)
-        wait_until(lambda: victim.state()["hanging"] == 500, 10, "the handlers do not run")
+        wait_until(lambda: victim.state()["hanging"] == 500, 10, lambda: "the handlers do not run")
         await peer.stream.aclose()
-        wait_until(lambda: victim.state()["hanging"] == 0, 10, "handlers of a caller that is gone go on")
+        wait_until(lambda: victim.state()["hanging"] == 0, 10, lambda: "handlers of a caller that is gone go on")
 
     attack(attacker)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import trio
+from waiting import elapse
 
 from lattica.datastore import Datastore
 from lattica.errors import InvalidRecord, NotFound, StreamReset
@@ -86,7 +87,7 @@ async def open_network(count: int, latency: float = 0.01, **settings: Any) -> As
 
 async def join(peer: Peer, other: Peer) -> None:
     await peer.host.connect(other.id, [other.addr])
-    await trio.sleep(1)  # of the mock clock: identify in both directions
+    await elapse(1)  # of the mock clock: identify in both directions
     assert other.id in peer.kad.table
     assert peer.id in other.kad.table
     await peer.kad.bootstrap()
@@ -136,7 +137,7 @@ def test_alone_and_later_announced(run_mocked: Callable[..., Any]) -> None:
             network = first.host._transports[0]._network  # type: ignore[attr-defined]
             async with open_peer(network, 99) as second:
                 await join(second, first)
-                await trio.sleep(5)
+                await elapse(5)
                 assert [p.peer for p in second.kad.server.providers.get(content_key(4), unix_clock())] == [first.id]
 
     run_mocked(bare, main)
@@ -185,7 +186,7 @@ def test_stale_replicas_are_corrected(run_mocked: Callable[..., Any]) -> None:
                 peer.kad.server.values.put_untrusted(key, old, peers[1].id, unix_clock())
             peers[0].kad.server.values.put_untrusted(key, new, peers[1].id, unix_clock())
             assert (await peers[5].kad.get_value("n", peers[1].id)).value == b"new"
-            await trio.sleep(1)
+            await elapse(1)
             for peer in peers[1:5]:
                 assert peer.kad.server.values.get(key, unix_clock()) == new
 
@@ -242,7 +243,7 @@ def test_clients_stay_out_of_tables_and_are_found(run_mocked: Callable[..., Any]
             network = peers[0].host._transports[0]._network  # type: ignore[attr-defined]
             async with open_peer(network, 77, mode="client") as client:
                 await client.host.connect(peers[0].id, [peers[0].addr])
-                await trio.sleep(1)
+                await elapse(1)
                 assert client.id not in peers[0].kad.table
                 assert client.kad.info()["mode"] == "client"
                 assert await client.kad.provide(content_key(6)) == 4
@@ -264,11 +265,11 @@ def test_records_live_for_days(run_mocked: Callable[..., Any]) -> None:
                 await join(provider, peers[0])
                 await provider.kad.provide(key)
                 await provider.kad.put_value("state", b"x")
-                await trio.sleep(50 * 3600)
+                await elapse(50 * 3600)
                 assert [p.peer async for p in peers[1].kad.find_providers(key)] == [provider.id]
                 assert (await peers[1].kad.get_value("state", provider.id)).value == b"x"
                 gone = provider.id
-            await trio.sleep(49 * 3600)
+            await elapse(49 * 3600)
             assert [p async for p in peers[1].kad.find_providers(key)] == []
             assert all(len(peer.kad.server.providers) == 0 for peer in peers)
             with pytest.raises(NotFound):
@@ -283,7 +284,7 @@ def test_stop_providing(run_mocked: Callable[..., Any]) -> None:
             await peers[0].kad.provide(content_key(8))
             await peers[0].kad.stop_providing(content_key(8))
             assert peers[0].kad.provided() == []
-            await trio.sleep(49 * 3600)
+            await elapse(49 * 3600)
             assert [p async for p in peers[1].kad.find_providers(content_key(8))] == []
 
     run_mocked(bare, main, seconds=10 * 24 * 3600)
@@ -362,7 +363,7 @@ def test_flood_is_refused(run_mocked: Callable[..., Any]) -> None:
 
             with pytest.raises(StreamReset):
                 await flood()
-            await trio.sleep(60)
+            await elapse(60)
             assert await _raw_request(bad, good, ping)
             assert good.kad.info()["requests_refused"] >= 1
 

@@ -13,8 +13,13 @@ import pytest
 import trio
 
 import lattica
+import lattica.node
+from lattica.host import PeerConnected, open_host
 from lattica.node import Node, NodeConfig, open_node
+from lattica.transports.tcp import TcpTransport
+from lattica_protocols.keys import PrivateKey
 from lattica_protocols.multiaddr import Multiaddr
+from lattica_protocols.peer_id import PeerId
 
 TCP, QUIC = "/ip4/127.0.0.1/tcp/0", "/ip4/127.0.0.1/udp/0/quic-v1"
 
@@ -121,10 +126,6 @@ def test_identity_survives_and_bad_addresses_are_named(run, tmp_path: Path) -> N
 def test_connecting_says_what_is_wrong(run, tmp_path: Path) -> None:
     async def main() -> None:
         async with two_nodes(tmp_path, TCP) as (one, two):
-            from lattica_protocols.keys import PrivateKey
-            from lattica_protocols.multiaddr import Multiaddr
-            from lattica_protocols.peer_id import PeerId
-
             stranger = PeerId.from_public_key(PrivateKey.generate(bytes(32)).public_key)
             with pytest.raises(lattica.WrongPeer, match=str(one.peer_id)):
                 await two.host.connect(stranger, one.host.listen_addrs())
@@ -136,5 +137,39 @@ def test_connecting_says_what_is_wrong(run, tmp_path: Path) -> None:
                     PeerId.from_public_key(PrivateKey.generate(bytes([1]) * 32).public_key),
                     [Multiaddr.parse(f"/ip4/127.0.0.1/tcp/{port}")],
                 )
+
+    run(main)
+
+
+def test_a_bootstrap_peer_that_is_lost_before_it_says_who_it_is_is_tried_again(run, monkeypatch) -> None:
+    monkeypatch.setattr(lattica.node, "IDENTIFY_TIMEOUT", 0.1)
+
+    async def main() -> None:
+        key = PrivateKey.generate(bytes(32))
+        async with open_host(
+            key, lambda host: [TcpTransport(key, host.nursery)], listen=[Multiaddr.parse(TCP)]
+        ) as mute:
+            events = mute.subscribe()
+            addr = f"{mute.listen_addrs()[0]}/p2p/{mute.peer_id}"
+            async with open_node(NodeConfig(listen=[], bootstrap=[addr])) as node:
+                for _ in range(2):
+                    async for event in events:
+                        if isinstance(event, PeerConnected):
+                            event.connection.abort()
+                            break
+                assert node.host.peerstore.info(mute.peer_id) is None
+
+    run(main)
+
+
+def test_waiting_for_a_peer_leaves_nothing_behind(run, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with two_nodes(tmp_path, TCP) as (one, two):
+            one.host.addrs_changed()
+            before = len(one.host._subscribers)
+            for _ in range(3):
+                await one.wait_identified(two.peer_id)
+            one.host.addrs_changed()
+            assert len(one.host._subscribers) == before
 
     run(main)

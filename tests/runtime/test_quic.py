@@ -19,6 +19,7 @@ from aioquic.quic.packet import QuicErrorCode
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
+from waiting import until
 
 from lattica.errors import ConnectionLost, DialError, PathLost, StreamReset, WrongPeer
 from lattica.transports import quic_admission, quic_connection
@@ -928,12 +929,6 @@ class silent_socket:
 
     def __exit__(self, *_: object) -> None:
         self.socket.close()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for something that other tasks and the kernel bring about; `run` bounds it."""
-    while not condition():  # noqa: ASYNC110  # sockets have no event to wait for
-        await trio.sleep(0.002)
 
 
 async def ignore(connection: Any) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import trio
 import trio.testing
+from waiting import elapse
 
 import lattica.rpc
 from lattica.errors import (
@@ -202,7 +203,8 @@ async def drain(items: AsyncIterator[Any], pause: float = 0) -> list[Any]:
     got = []
     async for item in items:
         got.append(item)
-        await trio.sleep(pause)
+        if pause:
+            await elapse(pause)
     return got
 
 
@@ -493,11 +495,26 @@ def test_nothing_stays_behind_when_a_session_ends(with_pair: Any) -> None:
         channel = pair.rpc.open_channel(pair.peer)
         assert channel is not None
         channel.abort("test")
-        await trio.sleep(1)
+        await elapse(1)
         assert [connection.stream_count() for connection in connections] == [0, 0]
         assert not pair.rpc._sessions
         assert not pair.rpc_b._sessions
         assert len(await pair.call("echo", np.zeros(300_000, np.uint8))) == 300_000
+
+    with_pair(test)
+
+
+def test_sessions_that_come_and_go_leave_no_tasks_behind(with_pair: Any) -> None:
+    async def test(pair: Pair) -> None:
+        counts = []
+        for _ in range(5):
+            await pair.call("echo", 1)
+            counts.append(len(pair.b.nursery.child_tasks))
+            channel = pair.rpc.open_channel(pair.peer)
+            assert channel is not None
+            channel.abort("test")
+            await elapse(1)
+        assert len(set(counts)) == 1
 
     with_pair(test)
 
@@ -510,12 +527,12 @@ def test_calls_that_wait_for_room_move_to_a_new_session(with_pair: Any) -> None:
                 nursery.start_soon(pair.call, "hang")
             await pair.service.started.wait()
             nursery.start_soon(pair.call, "hang")
-            await trio.sleep(1)
+            await elapse(1)
             assert pair.service.running == 2
             channel = pair.rpc.open_channel(pair.peer)
             assert channel is not None
             channel.retire()
-            await trio.sleep(1)
+            await elapse(1)
             assert pair.service.running == 4
             pair.service.release.set()
 
@@ -562,7 +579,7 @@ def test_peer_that_vanishes_fails_calls_at_once(with_pair: Any) -> None:
             nursery.start_soon(hang)
             nursery.start_soon(read)
             await pair.service.started.wait()
-            await trio.sleep(1)
+            await elapse(1)
             before = trio.current_time()
             for connection in pair.b.connections(pair.a.peer_id):
                 connection.abort()
@@ -579,7 +596,7 @@ def test_calls_over_the_peers_limit_wait_their_turn(with_pair: Any) -> None:
             for _ in range(20):
                 nursery.start_soon(pair.call, "hang")
             await pair.service.started.wait()
-            await trio.sleep(1)
+            await elapse(1)
             assert pair.service.running <= 4
             pair.service.release.set()
         assert pair.service.most_running <= 4
@@ -616,7 +633,7 @@ def test_a_session_leaves_the_relay_and_calls_in_flight_finish(with_pair: Any) -
             nursery.start_soon(pair.call, "hang")
             await pair.service.started.wait()
             await pair.a._dial(pair.peer, pair.b.listen_addrs())
-            await trio.sleep(0.1)
+            await elapse(0.1)
             assert await pair.call("echo", 2) == 2
             new = pair.rpc.open_channel(pair.peer)
             assert new is not None
@@ -638,13 +655,13 @@ def test_idle_sessions_close_in_order(with_pair: Any) -> None:
     async def test(pair: Pair) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(pair.call, "hang")
-            await trio.sleep(1000)
+            await elapse(1000)
             assert (pair.rpc.calls_in_flight(), pair.rpc_b.calls_in_flight()) == (0, 1)
             channel = pair.rpc.open_channel(pair.peer)
             assert channel is not None
             pair.service.release.set()
         await channel.closed.wait()
-        await trio.sleep(1)
+        await elapse(1)
         assert pair.rpc._sessions == pair.rpc_b._sessions == {}
         assert await pair.call("echo", 1) == 1
 
@@ -674,7 +691,7 @@ def test_garbage_ends_its_stream_and_nothing_else(with_pair: Any, data: bytes) -
         await pair.call("echo", 1)
         stream = await pair.a.open_stream(pair.peer, PROTOCOL_ID)
         await stream.send_all(data)
-        await trio.sleep(20)  # longer than a HELLO may take
+        await elapse(20)  # longer than a HELLO may take
         with pytest.raises(StreamReset):
             await stream.receive_exactly(1000)
         assert await pair.call("echo", 1) == 1
@@ -705,11 +722,11 @@ def test_sessions_of_one_peer_are_bounded(with_pair: Any) -> None:
             stream = await pair.a.open_stream(pair.peer, PROTOCOL_ID)
             await stream.send_all(encode_hello(Hello(bytes([n]) * 16)))
             streams.append(stream)
-        await trio.sleep(1)
+        await elapse(1)
         assert len(pair.rpc_b._sessions) == 8
         for stream in streams:
             stream.reset()
-        await trio.sleep(1)
+        await elapse(1)
         assert len(pair.rpc_b._sessions) == 1
 
     with_pair(test)
@@ -725,7 +742,7 @@ def test_a_peer_that_asks_and_never_reads_loses_its_session(with_pair: Any) -> N
         with pytest.raises(StreamReset):  # noqa: PT012 - the answers pile up until one of the writes finds out
             for _ in range(100):
                 await stream.send_all(encode_frame(PING, 0, 0, bytes(64)) * 10_000)
-                await trio.sleep(0.1)
+                await elapse(0.1)
         assert await pair.call("echo", 1) == 1
 
     with_pair(test)

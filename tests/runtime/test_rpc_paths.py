@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import trio
+from waiting import elapse
 
 import lattica.rpc
 from lattica.errors import ConnectionLost, DeadlineExceeded, PathLost
@@ -35,13 +36,13 @@ class Service:
 
     async def echo(self, number: int, value: Any = None, pause: float = 0.0) -> list[Any]:
         self.asked[number] += 1
-        await trio.sleep(pause)
+        await elapse(pause)
         return [number, value]
 
     async def count(self, n: int, size: int) -> AsyncIterator[list[Any]]:
         for i in range(n):
             yield [i, bytes(size)]
-            await trio.sleep(0.05)
+            await elapse(0.05)
 
     @lattica.rpc.client_streaming
     async def collect(self, items: AsyncIterator[list[Any]]) -> list[int]:
@@ -76,13 +77,13 @@ class Pair:
         connections = self.connections()
         for connection in connections:
             connection.cut()
-        await trio.sleep(noticed)
+        await elapse(noticed)
         late = [c for c in connections if first == "both" or (first == "a") == (c.peer_id == self.a.peer_id)]
         for connection in connections:
             if first == "both" or connection not in late:
                 connection.abort(PathLost("no answer"))
         if first != "both":
-            await trio.sleep(1)
+            await elapse(1)
             for connection in late:
                 connection.abort(PathLost("no answer"))
 
@@ -124,7 +125,7 @@ async def run_everything(pair: Pair, seconds: float) -> None:
             while trio.current_time() < until:
                 await call.send([sent, bytes(size)])
                 sent += 1
-                await trio.sleep(0.02)
+                await elapse(0.02)
             assert await call.result() == list(range(sent))
 
     async def both() -> None:
@@ -151,7 +152,7 @@ def test_everything_goes_on_when_the_path_falls_silent(run_mocked: Run, first: s
     async def main() -> None:
         async with open_pair() as pair, trio.open_nursery() as nursery:
             nursery.start_soon(run_everything, pair, 12.0)
-            await trio.sleep(1.007)
+            await elapse(1.007)
             await pair.lose_path(first=first)
 
     run_mocked(main)
@@ -163,7 +164,7 @@ def test_everything_goes_on_over_paths_that_come_and_go(run_mocked: Run, seed: i
 
     async def flap(pair: Pair) -> None:
         while True:
-            await trio.sleep(rng.uniform(0.0, 1.5))
+            await elapse(rng.uniform(0.0, 1.5))
             if rng.random() < 0.5:
                 await pair.lose_path(rng.uniform(0, HEARTBEAT), rng.choice(["a", "b", "both"]))
             elif connections := pair.connections():
@@ -186,19 +187,19 @@ def test_streams_move_from_a_relay_to_a_direct_path_and_back(run_mocked: Run) ->
             channel = pair.rpc.open_channel(pair.b.peer_id)
             assert channel is not None
             nursery.start_soon(run_everything, pair, 12.0)
-            await trio.sleep(1.003)
+            await elapse(1.003)
             relayed = pair.connections()
             await pair.a.dial(pair.b.peer_id, pair.b.listen_addrs())
-            await trio.sleep(0.2)
+            await elapse(0.2)
             assert channel.stream.connection.path == "memory"
             assert [c.stream_count() for c in relayed] == [0, 0]
             direct = [c for c in pair.connections() if c.path == "memory"]
             for connection in direct:
                 connection.cut()
-            await trio.sleep(HEARTBEAT)
+            await elapse(HEARTBEAT)
             for connection in direct:
                 connection.abort(PathLost("no answer"))
-            await trio.sleep(0.5)
+            await elapse(0.5)
             assert channel.stream.connection.path == "relay"
             assert pair.rpc.open_channel(pair.b.peer_id) is channel
 
@@ -209,9 +210,9 @@ def test_a_direct_path_that_comes_up_while_a_session_opens_is_taken(run_mocked: 
     async def main() -> None:
         async with open_pair() as pair:
             await pair.a.disconnect(pair.b.peer_id)
-            await trio.sleep(1)
+            await elapse(1)
             await pair.a.connect(pair.b.peer_id)
-            await trio.sleep(0.1)
+            await elapse(0.1)
             for connection in pair.connections():
                 connection.path = "relay"
             async with trio.open_nursery() as nursery:
@@ -230,7 +231,7 @@ def test_only_the_side_that_was_called_can_dial(run_mocked: Run) -> None:
         async with open_pair() as pair, trio.open_nursery() as nursery:
             pair.network.listeners.pop(str(pair.b.listen_addrs()[0]))
             nursery.start_soon(run_everything, pair, 12.0)
-            await trio.sleep(1.0)
+            await elapse(1.0)
             await pair.lose_path()
 
     run_mocked(main)
@@ -251,12 +252,12 @@ def test_without_a_path_calls_fail_in_bounded_time(run_mocked: Run, told: bool) 
                 assert trio.current_time() - started <= limit + 1.5
 
             nursery.start_soon(call)
-            await trio.sleep(1)
+            await elapse(1)
             if told:
                 pair.b.connections()[0].abort(PathLost("no answer"))
             else:
                 await pair.lose_path()
-            await trio.sleep(60)
+            await elapse(60)
             assert not pair.rpc._sessions
             assert not pair.rpc_b._sessions
 
@@ -276,7 +277,7 @@ def test_deadlines_pass_while_there_is_no_path(run_mocked: Run) -> None:
                 assert trio.current_time() - started < 9.1
 
             nursery.start_soon(call)
-            await trio.sleep(1)
+            await elapse(1)
             await pair.lose_path()
 
     run_mocked(main)
@@ -286,19 +287,19 @@ def test_calls_made_without_a_path_wait_for_it(run_mocked: Run) -> None:
     async def main() -> None:
         async with open_pair() as pair, trio.open_nursery() as nursery:
             nursery.start_soon(pair.call, "echo", 1, None, 20)
-            await trio.sleep(0.1)
+            await elapse(0.1)
             channel = pair.rpc.open_channel(pair.b.peer_id)
             assert channel is not None
             listeners = dict(pair.network.listeners)
             pair.network.listeners.clear()
             await pair.lose_path(0)
-            await trio.sleep(0.1)
+            await elapse(0.1)
             assert channel.machine.suspended
             nursery.start_soon(pair.call, "echo", 2)
-            await trio.sleep(3)
+            await elapse(3)
             assert pair.service.asked == {-1: 1, 1: 1}
             pair.network.listeners.update(listeners)
-            await trio.sleep(4)
+            await elapse(4)
             assert pair.service.asked == {-1: 1, 1: 1, 2: 1}
 
     run_mocked(main)
@@ -319,7 +320,7 @@ def test_a_peer_that_was_restarted_does_not_know_the_session(run_mocked: Run) ->
                     lost.append(trio.current_time())
 
                 nursery.start_soon(call)
-                await trio.sleep(1)
+                await elapse(1)
                 for connection in pair.connections():
                     connection.cut()
             async with open_memory_host(network, 2, listen=["/memory/77"]) as b:
@@ -328,7 +329,7 @@ def test_a_peer_that_was_restarted_does_not_know_the_session(run_mocked: Run) ->
                 for connection in a.connections():
                     connection.abort(PathLost("no answer"))
                 noticed = trio.current_time()
-                await trio.sleep(1)
+                await elapse(1)
                 assert lost[0] - noticed < 0.5
                 assert await pair.call("echo", 2) == [2, None]
 
@@ -363,7 +364,7 @@ def test_a_peer_that_cannot_resume_is_lost_at_once(run_mocked: Run) -> None:
 
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(call)
-                await trio.sleep(1)
+                await elapse(1)
                 started = trio.current_time()
                 await pair.lose_path(0)
             assert trio.current_time() == started
@@ -411,9 +412,9 @@ def test_sessions_without_a_path_are_bounded(run_mocked: Run) -> None:
             for number in range(20):
                 await pair.call("echo", number)
                 await pair.lose_path(0)
-            await trio.sleep(0.1)
+            await elapse(0.1)
             assert len(pair.rpc_b._sessions) <= RPC_MAX_SUSPENDED + 1
-            await trio.sleep(40)
+            await elapse(40)
             assert not pair.rpc_b._sessions
 
     run_mocked(main)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +13,7 @@ from tempfile import TemporaryDirectory
 import anyio
 import pytest
 from daemon_processes import Process
+from waiting import wait_until
 
 import lattica
 
@@ -22,13 +22,6 @@ import lattica
 def folder() -> Iterator[Path]:
     with TemporaryDirectory(prefix="space-", dir="/tmp") as name:
         yield Path(name)
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -55,9 +48,9 @@ def test_the_commands(pair: tuple[Process, Process], folder: Path) -> None:
     assert refused.returncode == 1
     assert one.peer_id in refused.stderr
     assert two.peer_id in one.json("space", "add-writer", space, two.peer_id)["writers"]
-    wait_for(lambda: two.json("space", "root", space) == one.json("space", "root", space))
+    wait_until(lambda: two.json("space", "root", space) == one.json("space", "root", space))
     two.json("space", "set", space, "x", "1")
-    wait_for(lambda: one.json("space", "get", space)["value"] == {"model": {"version": 3}, "x": 1})
+    wait_until(lambda: one.json("space", "get", space)["value"] == {"model": {"version": 3}, "x": 1})
     log = one.json("space", "log", space)
     assert [item["kind"] for item in log] == ["edit", "grant", "edit"]
     verified = two.json("space", "verify", space)
@@ -73,11 +66,11 @@ def test_the_commands(pair: tuple[Process, Process], folder: Path) -> None:
     assert one.cli("space", "verify-proof", str(proof), "--root", "00" * 32).returncode == 1
     assert two.cli("space", "checkpoint", space).returncode == 1
     one.json("space", "checkpoint", space)
-    wait_for(lambda: two.json("space", "root", space) == one.json("space", "root", space))
+    wait_until(lambda: two.json("space", "root", space) == one.json("space", "root", space))
     assert two.json("space", "log", space) == []
     assert two.json("space", "root", space)["operations"] == 3
     one.json("space", "remove-writer", space, two.peer_id)
-    wait_for(lambda: two.json("space", "list")[0]["writable"] is False)
+    wait_until(lambda: two.json("space", "list")[0]["writable"] is False)
     assert one.json("status")["spaces"]["spaces"] == 1
     assert one.cli("space", "set", space, "x", "not json").returncode == 2
     assert one.cli("space", "get", "nowhere").returncode == 1
@@ -160,10 +153,10 @@ def test_the_sync_client_reads_like_a_dict(pair: tuple[Process, Process]) -> Non
         assert str(other.text("notes")) == "hi"
         assert "w1" in other.set_of("workers")
         with other.present({"role": "worker"}):
-            wait_for(lambda: [member["info"] for member in roster.members()] == [{"role": "worker"}])
-        wait_for(lambda: roster.members() == [])
+            wait_until(lambda: [member["info"] for member in roster.members()] == [{"role": "worker"}])
+        wait_until(lambda: roster.members() == [])
         other.announce({"layers": "0-11"})
-        wait_for(lambda: [member["info"] for member in roster.members()] == [{"layers": "0-11"}])
+        wait_until(lambda: [member["info"] for member in roster.members()] == [{"layers": "0-11"}])
 
 
 def test_the_async_client(pair: tuple[Process, Process]) -> None:
@@ -233,7 +226,7 @@ def test_a_damaged_database_says_what_is_lost_and_comes_back(pair: tuple[Process
     space = one.json("space", "create", "kept", f"--writer={two.peer_id}")["space"]
     two.json("space", "join", space)
     two.json("space", "set", space, "x", "1")
-    wait_for(lambda: one.json("space", "get", space)["value"] == {"x": 1})
+    wait_until(lambda: one.json("space", "get", space)["value"] == {"x": 1})
     two.stop()
     database = two.home / "spaces.db"
     database.write_bytes(b"damaged " * 4096)
@@ -242,9 +235,9 @@ def test_a_damaged_database_says_what_is_lost_and_comes_back(pair: tuple[Process
     damaged = two.json("status")["spaces"]["damaged"]
     assert "spaces.db.damaged-1" in damaged
     assert "kept" in damaged
-    wait_for(lambda: two.json("space", "get", space)["value"] == {"x": 1})
+    wait_until(lambda: two.json("space", "get", space)["value"] == {"x": 1})
     two.json("space", "set", space, "x", "2")
-    wait_for(lambda: one.json("space", "get", space)["value"] == {"x": 2})
+    wait_until(lambda: one.json("space", "get", space)["value"] == {"x": 2})
     assert one.json("space", "list")[0]["excluded"] == []
 
 
@@ -280,7 +273,7 @@ def test_five_daemons_two_cut_off_one_killed_while_writing(folder: Path) -> None
 
         writer = threading.Thread(target=write)
         writer.start()
-        wait_for(lambda: len(acknowledged) > 200)
+        wait_until(lambda: len(acknowledged) > 200)
         daemons[3].signal(signal.SIGKILL)
         daemons[3].wait()
         writer.join()
@@ -297,7 +290,7 @@ def test_five_daemons_two_cut_off_one_killed_while_writing(folder: Path) -> None
             assert own[f"burst{last % 50}"] >= last
             spaces[3] = own
             own["again"] = 1
-            wait_for(lambda: len({json.dumps(space.root()) for space in spaces}) == 1, 60)
+            wait_until(lambda: len({json.dumps(space.root()) for space in spaces}) == 1, 60)
             snapshots = [space.snapshot() for space in spaces]
             assert all(snapshot == snapshots[0] for snapshot in snapshots)
             assert snapshots[0]["map"]["data"]["again"] == 1

@@ -250,6 +250,32 @@ def test_unfinished_handshakes_are_bounded(run: Run, monkeypatch: pytest.MonkeyP
     run(main)
 
 
+def test_one_customer_of_an_ipv6_provider_is_one_stranger(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tcp, "MAX_UNFINISHED_HANDSHAKES_PER_IP", 2)
+
+    async def main() -> None:
+        async with two_nodes() as (_, bob):
+            ips = ("2001:db8::1", "2001:db8::2", "2001:db8::3", "2001:db8:0:1::1")
+            callers = [socket.socket() for _ in ips]
+            for caller, ip in zip(callers, ips, strict=True):
+                bob.transport.serve_inbound(caller, ip, bob._on_connection)
+            assert [caller.fileno() == -1 for caller in callers] == [False, False, True, False]
+
+    run(main)
+
+
+def test_a_caller_that_is_gone_before_it_is_served_leaves_no_socket(run: Run) -> None:
+    async def main() -> None:
+        async with two_nodes() as (_, bob):
+            gone = socket.socket()
+            bob.transport.serve_inbound(gone, "127.0.0.1", bob._on_connection)
+            while bob.transport._unfinished:
+                await trio.testing.wait_all_tasks_blocked()
+            assert gone.fileno() == -1
+
+    run(main)
+
+
 def test_garbage_after_the_handshake_ends_the_connection_only(run: Run) -> None:
     async def main() -> None:
         async with connected() as pair:

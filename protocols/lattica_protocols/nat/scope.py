@@ -33,6 +33,11 @@ def is_local(ip: IpAddress) -> bool:
     return ip.is_multicast or any(ip in network for network in _LOCAL_NETWORKS if network.version == ip.version)
 
 
+def customer_of(ip: IpAddress) -> IpNetwork:
+    """What counts as one stranger: an IPv4 address, or the /64 that one IPv6 customer has to himself."""
+    return ipaddress.ip_network((ip, 32 if ip.version == 4 else 64), strict=False)
+
+
 def voice_of(ip: IpAddress) -> IpNetwork:
     """Addresses in the same range have one voice together: what one operator gets cheaply, an IPv4 /24 or IPv6 /48."""
     return ipaddress.ip_network((ip, 24 if ip.version == 4 else 48), strict=False)

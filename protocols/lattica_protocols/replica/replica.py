@@ -268,7 +268,7 @@ class Replica:
         try:
             with doc.transaction():
                 yield made
-        except BaseException:
+        except BaseException:  # whatever the block raised undoes it, and goes on as it is
             self._captured = None
             if captured:
                 self._rebuild()
@@ -278,7 +278,7 @@ class Replica:
         try:
             for update in captured:
                 made += self._write_edit(update, unix_now)
-        except BaseException:
+        except BaseException:  # likewise: half of the edits must not stay
             self._captured = None
             self._rebuild()
             raise

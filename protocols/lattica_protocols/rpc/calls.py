@@ -5,30 +5,10 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-from lattica_protocols.limits import RPC_STREAM_BYTES, RPC_STREAM_ITEMS
+from lattica_protocols.rpc.flow import Flow
 from lattica_protocols.rpc.frames import CLIENT_STREAM, SERVER_STREAM, Buffer
 
 BOTH_STREAMS = CLIENT_STREAM | SERVER_STREAM
-
-
-class Flow:
-    """Windows of a call that streams. Send and receive are seen from this side."""
-
-    __slots__ = (
-        "local_ended", "owed_bytes", "owed_items", "receive_bytes", "receive_items", "remote_ended",
-        "send_bytes", "send_items",
-    )  # fmt: skip
-
-    def __init__(self) -> None:
-        self.send_items = RPC_STREAM_ITEMS
-        self.send_bytes = RPC_STREAM_BYTES
-        self.receive_items = RPC_STREAM_ITEMS
-        self.receive_bytes = RPC_STREAM_BYTES
-        self.owed_items = 0
-        """Consumed and not yet granted again."""
-        self.owed_bytes = 0
-        self.local_ended = False
-        self.remote_ended = False
 
 
 class Waiting:
@@ -80,7 +60,7 @@ class Call:
         self.waiting: deque[Waiting] | None = None
 
     def can_send(self) -> bool:
-        """There is credit for one more ITEM."""
+        """There is credit for one more ITEM. The last one may be longer than what is left of the bytes."""
         flow = self.flow
         return flow is not None and flow.send_items > 0 and flow.send_bytes > 0
 

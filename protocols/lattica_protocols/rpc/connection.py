@@ -47,7 +47,6 @@ from lattica_protocols.limits import (
     RPC_DETACH_OVER,
     RPC_INITIAL_CALLS,
     RPC_MAX_CALLS,
-    RPC_MAX_CREDIT,
     RPC_MAX_HEAD,
     RPC_MAX_HELD,
     RPC_MAX_METHOD,
@@ -55,11 +54,10 @@ from lattica_protocols.limits import (
     RPC_MAX_ROUTE,
     RPC_MAX_TAIL,
     RPC_OBJECT_WEIGHT,
-    RPC_STREAM_BYTES,
-    RPC_STREAM_ITEMS,
 )
 from lattica_protocols.rpc.calls import BOTH_STREAMS, Call, Waiting
 from lattica_protocols.rpc.deadlines import Deadlines
+from lattica_protocols.rpc.flow import Flow
 from lattica_protocols.rpc.frames import (
     ACK,
     BULK,
@@ -67,7 +65,6 @@ from lattica_protocols.rpc.frames import (
     CLIENT_STREAM,
     CONNECTION_LOST,
     CREDIT,
-    CREDIT_HEAD,
     DEADLINE_EXCEEDED,
     DETACHED,
     DETACHED_TRAILER,
@@ -91,6 +88,7 @@ from lattica_protocols.rpc.frames import (
     Buffer,
     Hello,
     decode_hello_head_untrusted,
+    decode_request_head_untrusted,
     encode_error_head,
     encode_hello,
 )
@@ -375,8 +373,7 @@ class RpcConnection:
         flow = call.flow
         if flow is None or flow.local_ended or not call.can_send():
             raise LocalProtocolError("no credit to send on this call, or its direction has ended")
-        flow.send_items -= 1
-        flow.send_bytes -= self.outbox.add(ITEM, 0, call.id, head, tails)
+        flow.sent(self.outbox.add(ITEM, 0, call.id, head, tails))
 
     def end(self, call: Call) -> None:
         """No more ITEMs from us. From the callee it ends the call."""
@@ -393,12 +390,10 @@ class RpcConnection:
         flow = call.flow
         if call.over or flow is None or flow.remote_ended:
             return
-        flow.owed_items += items
-        flow.owed_bytes += nbytes
-        if flow.owed_items * 2 >= RPC_STREAM_ITEMS or flow.owed_bytes * 2 >= RPC_STREAM_BYTES:
-            self.outbox.add(CREDIT, 0, call.id, CREDIT_HEAD.pack(flow.owed_items, flow.owed_bytes))
-            self._release(call, flow.owed_items, flow.owed_bytes)
-            flow.owed_items = flow.owed_bytes = 0
+        credit = flow.consumed(items, nbytes)
+        if credit is not None:
+            self.outbox.add(CREDIT, 0, call.id, credit)
+            self._release(call, flow, credit)
 
     def ping(self, payload: bytes = b"") -> None:
         """Ask for a sign of life; the answer is a PING event with the same head."""
@@ -443,8 +438,7 @@ class RpcConnection:
         if call.over:
             return
         if kind == CREDIT and call.flow is not None:
-            items, nbytes = CREDIT_HEAD.unpack(head)
-            self._release(call, items, nbytes)
+            self._release(call, call.flow, head)
         final = kind in (RESPONSE, ERROR, CANCEL) or (kind == END and not call.outbound)
         self.outbox.add(kind, FINAL if final else 0, call.id, head, (tail,) if len(tail) else ())
         if final:
@@ -531,18 +525,13 @@ class RpcConnection:
     ) -> None:
         if call is not None or (call_id & 1) == self._parity or call_id == 0:
             raise RemoteProtocolError(f"request with call id {call_id}, which is in use or not the caller's")
-        if len(head) < 7:
-            raise RemoteProtocolError("request head is cut short")
-        deadline_ms, route_length, method_length = REQUEST_PRELUDE.unpack_from(head)
-        args = 6 + route_length + method_length
-        if method_length == 0 or args > len(head):
-            raise RemoteProtocolError("request head: route and method do not fit")
+        deadline_ms, route, name, args = decode_request_head_untrusted(head)
         try:
-            method = str(head[6 + route_length : args], "utf-8")
+            method = str(name, "utf-8")
         except UnicodeDecodeError:
             raise RemoteProtocolError("request head: the method is not UTF-8") from None
-        weight = length + RPC_OBJECT_WEIGHT * (len(head) - args)
-        if length and head[args : args + 2] == VALUE_HEAD:  # the arguments' msgpack is in the tail
+        weight = length + RPC_OBJECT_WEIGHT * len(args)
+        if length and args[:2] == VALUE_HEAD:  # the arguments' msgpack is in the tail
             weight = RPC_OBJECT_WEIGHT * length
         refusal = self._refusal(tail, tail_id, length, weight)
         if refusal is not None:
@@ -551,7 +540,7 @@ class RpcConnection:
             self.outbox.add(ERROR, FINAL, call_id, encode_error_head(RESOURCE_EXHAUSTED, "ResourceExhausted", refusal))
             return
         deadline = self._now + deadline_ms / 1000 if deadline_ms else None
-        call = Call(call_id, False, flags & (BOTH_STREAMS | KEYWORDS), method, head[6 : 6 + route_length], deadline)
+        call = Call(call_id, False, flags & (BOTH_STREAMS | KEYWORDS), method, route, deadline)
         call.held = weight
         self._held += weight
         self._calls[call_id] = call
@@ -560,10 +549,10 @@ class RpcConnection:
         if deadline is not None:
             self._deadlines.add(deadline, call_id)
         if tail_id >= 0:
-            self._wait(call, REQUEST, head[args:], None, tail_id, length)
+            self._wait(call, REQUEST, args, None, tail_id, length)
         else:
             call.announced = True
-            self._events.append((REQUEST, call, head[args:], tail if tail is not None else b""))
+            self._events.append((REQUEST, call, args, tail if tail is not None else b""))
 
     def _refusal(self, tail: Buffer | None, tail_id: int, length: int, weight: int) -> str | None:
         """Why a message is not taken, although it breaks no rule."""
@@ -583,12 +572,9 @@ class RpcConnection:
                 self._refuse_response(call, tail, length)
         elif flow is None or not call.flags & (SERVER_STREAM if call.outbound else CLIENT_STREAM):
             raise RemoteProtocolError("an item on a call that does not stream this way")
-        elif flow.remote_ended or flow.receive_items <= 0 or flow.receive_bytes <= 0:
-            raise RemoteProtocolError("an item without credit, or after the end")
         else:
             nbytes = len(head) + length
-            flow.receive_items -= 1
-            flow.receive_bytes -= nbytes
+            flow.receive_item_untrusted(nbytes)
             call.held += nbytes
             self._held += nbytes
         if length > self.limits.tail or self._held > self.limits.held or (tail is None and tail_id < 0):
@@ -604,7 +590,10 @@ class RpcConnection:
         """END, ERROR, CANCEL or CREDIT of a call that runs."""
         flow = call.flow
         if kind == CREDIT:
-            self._credit(call, head)
+            if flow is None:
+                raise RemoteProtocolError("a CREDIT for a call that does not stream")
+            flow.receive_credit_untrusted(head, call.relayed)
+            self._events.append((CREDIT, call, head, b""))
         elif kind == CANCEL:
             if call.outbound:
                 raise RemoteProtocolError("the callee sent CANCEL")
@@ -622,18 +611,6 @@ class RpcConnection:
                 self._wait(call, kind, head, b"", -1, 0)
             else:
                 self._deliver(kind, call, head, b"")
-
-    def _credit(self, call: Call, head: bytes) -> None:
-        flow = call.flow
-        if flow is None or len(head) != CREDIT_HEAD.size:
-            raise RemoteProtocolError("a CREDIT for a call that does not stream, or of a wrong length")
-        items, nbytes = CREDIT_HEAD.unpack(head)
-        if flow.send_items + items > RPC_MAX_CREDIT or flow.send_bytes + nbytes > RPC_MAX_CREDIT:
-            raise RemoteProtocolError("more credit than anybody can use")
-        if not call.relayed:
-            flow.send_items += items
-            flow.send_bytes += nbytes
-        self._events.append((CREDIT, call, head, b""))
 
     def _stray(self, tail_id: int, length: int) -> None:
         """A frame for a call that is over: it crossed with the end."""
@@ -707,15 +684,11 @@ class RpcConnection:
                 if frame.tail is None:
                     self._tails.discard(frame.tail_id, frame.length)
 
-    def _release(self, call: Call, items: int, nbytes: int) -> None:
-        """The peer may send so much more on this call."""
-        flow = call.flow
-        if flow is not None:
-            flow.receive_items += items
-            flow.receive_bytes += nbytes
-            freed = min(nbytes, call.held)
-            call.held -= freed
-            self._held -= freed
+    def _release(self, call: Call, flow: Flow, credit: bytes) -> None:
+        """A CREDIT leaves: what it grants again is no longer held here."""
+        freed = min(flow.granted(credit), call.held)
+        call.held -= freed
+        self._held -= freed
 
     # -- bytes -------------------------------------------------------------------------------------
     def _open_inline_tail(self, kind: int, call_id: int, length: int) -> Buffer | None:

@@ -114,7 +114,7 @@ def encode_request_head(method: bytes, args: bytes, deadline_ms: int, route: byt
 
 def decode_request_head_untrusted(head: bytes) -> tuple[int, bytes, bytes, bytes]:
     """`(deadline in ms, route, method, arguments)` of a request head. The method may not be UTF-8."""
-    if len(head) < 6:
+    if len(head) < 7:
         raise RemoteProtocolError("request head is cut short")
     deadline_ms, route_length, method_length = REQUEST_PRELUDE.unpack_from(head)
     args = 6 + route_length + method_length
