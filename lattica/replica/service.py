@@ -24,6 +24,7 @@ import trio
 from lattica.errors import InvalidArgument, LatticaError, SpaceNotFound, StorageError
 from lattica.host import PeerDisconnected, PeerIdentified
 from lattica.replica.links import Link, receive_messages
+from lattica.replica.signatures import SignatureChecker
 from lattica.replica.space import Space, key_of
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.limits import REPLICA_FANOUT, REPLICA_MAX_NEIGHBOURS
@@ -88,6 +89,7 @@ class SpaceService:
         self._searching: set[bytes] = set()
         self._search_at: dict[bytes, tuple[float, float]] = {}
         self._provided: set[bytes] = set()
+        self._signatures = SignatureChecker()
         for stored in store.load():
             self._restore(stored)
         for genesis in store.to_restore:
@@ -313,6 +315,7 @@ class SpaceService:
         """Drive the machines until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._follow_host)
+            nursery.start_soon(self._signatures.run)
             while True:
                 now, unix_now = trio.current_time(), self._clock()
                 deadline = now + SEARCH_PAUSES[1]
@@ -420,8 +423,21 @@ class SpaceService:
                     space = self._by_tag.get(message.tag)
                     if message.kind == Kind.OPERATIONS and space is not None and len(message.fields[1]) > READ_ALONE:
                         row = _new_operations(message, space.replica)
-                        checked = _start_checking(nursery, row.operations, space.replica.space)
+                        checked = self._start_checking(nursery, row.operations, space.replica.space)
                     await send.send((message, checked, row))
+
+    def _start_checking(
+        self, nursery: trio.Nursery, operations: Sequence[Operation], space: bytes
+    ) -> Awaitable[None]:
+        """Check the signatures of `operations` beside this thread; awaiting the result waits for it."""
+        done = trio.Event()
+
+        async def work() -> None:
+            await self._signatures.check(operations, space)
+            done.set()
+
+        nursery.start_soon(work)
+        return done.wait()
 
     def _on_message(self, peer: PeerId, message: Message, row: Row | None) -> None:
         space = self._by_tag.get(message.tag)
@@ -460,22 +476,6 @@ def _new_operations(message: Message, replica: Replica) -> Row:
     known = replica.graph.entries
     row = read_row_untrusted(message.fields[1], replica.space)
     return Row([op for op in row.operations if op.id not in known], row.complete)
-
-
-def _start_checking(nursery: trio.Nursery, operations: Sequence[Operation], space: bytes) -> Awaitable[None]:
-    """Check the signatures of `operations` in a thread; awaiting the result waits for it."""
-    done = trio.Event()
-
-    def check() -> None:
-        for op in operations:
-            op.check_signature(space)
-
-    async def work() -> None:
-        await trio.to_thread.run_sync(check)
-        done.set()
-
-    nursery.start_soon(work)
-    return done.wait()
 
 
 def _parse(space: str) -> bytes:

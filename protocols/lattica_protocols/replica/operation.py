@@ -40,7 +40,8 @@ from lattica_protocols.limits import (
     REPLICA_MAX_UPDATE_BYTES,
 )
 
-_DOMAIN = b"lattica-replica-op-1"
+SIGNED_PREFIX = b"lattica-replica-op-1"
+"""Before the space and the operation in what is signed."""
 _SIGNATURE_TAIL = 66
 """The signature with its msgpack header: always the last 66 bytes."""
 _MAX_SEQ = (1 << 40) - 1
@@ -87,7 +88,7 @@ class Operation:
         """Make and sign an operation. The caller keeps the rules: seq, links, contents."""
         author = key.public_key.data
         unsigned = msgpack.packb([kind, author, instance, seq, parents, time, body, b""])[:-2]
-        signature = key.sign(_DOMAIN + space + unsigned)
+        signature = key.sign(SIGNED_PREFIX + space + unsigned)
         operation = cls._of(kind, author, instance, seq, tuple(parents), time, body)
         operation.encoded = unsigned + b"\xc4\x40" + signature
         operation.id = blake3(space + operation.encoded).digest()
@@ -166,7 +167,7 @@ class Operation:
         if not self.verified:
             data = self.encoded
             try:
-                crypto_sign_open(data[-64:] + _DOMAIN + space + data[:-_SIGNATURE_TAIL], self.author)
+                crypto_sign_open(data[-64:] + SIGNED_PREFIX + space + data[:-_SIGNATURE_TAIL], self.author)
             except (BadSignatureError, ValueError):
                 return False
             self.verified = True
