@@ -24,6 +24,7 @@ import trio
 from lattica.errors import InvalidArgument, LatticaError, SpaceNotFound, StorageError
 from lattica.host import PeerDisconnected, PeerIdentified
 from lattica.replica.links import Link, receive_messages
+from lattica.replica.signatures import SignatureChecker
 from lattica.replica.space import Space, key_of
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.limits import REPLICA_FANOUT, REPLICA_MAX_NEIGHBOURS
@@ -33,7 +34,8 @@ from lattica_protocols.replica.genesis import Genesis, parse_space, provider_key
 from lattica_protocols.replica.messages import TAG_BYTES, Kind, Message, decode_message_untrusted, encode_message
 from lattica_protocols.replica.operation import Operation
 from lattica_protocols.replica.replica import Replica
-from lattica_protocols.replica.sync import ReplicaSync, decode_operations_untrusted
+from lattica_protocols.replica.short_form import Row, read_row_untrusted
+from lattica_protocols.replica.sync import READ_ALONE, ReplicaSync
 
 if TYPE_CHECKING:
     from lattica.host import Host
@@ -48,8 +50,6 @@ JOIN_TIMEOUT = 30.0
 SEARCH_PAUSES = (1.0, 60.0)
 """Seconds between searches for members, for neighbours or to compare with one beyond them: doubling from the first to
 the second, and from the start again when a neighbour is gone."""
-THREAD_OVER = 16
-"""Messages with more operations have their signatures checked in a thread: libsodium releases the interpreter."""
 CHECKS_AHEAD = 4
 """Messages of one stream whose signatures are checked while earlier ones are taken in."""
 SNAPSHOT_EVERY = 10_000
@@ -89,6 +89,7 @@ class SpaceService:
         self._searching: set[bytes] = set()
         self._search_at: dict[bytes, tuple[float, float]] = {}
         self._provided: set[bytes] = set()
+        self._signatures = SignatureChecker()
         for stored in store.load():
             self._restore(stored)
         for genesis in store.to_restore:
@@ -224,6 +225,7 @@ class SpaceService:
         if damaged.checkpoint is not None:
             space.replica.adopt(damaged.checkpoint)
         for entry in damaged.graph.counted():
+            entry.op.verified = False
             try:
                 space.replica.receive_operation(entry.op, self._clock())
             except RemoteProtocolError:
@@ -313,6 +315,7 @@ class SpaceService:
         """Drive the machines until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._follow_host)
+            nursery.start_soon(self._signatures.run)
             while True:
                 now, unix_now = trio.current_time(), self._clock()
                 deadline = now + SEARCH_PAUSES[1]
@@ -402,31 +405,41 @@ class SpaceService:
     async def _handle(self, stream: Stream) -> None:
         """Take the messages of one peer in order; signatures of the next ones are checked meanwhile."""
         peer = stream.connection.peer_id
-        send, receive = trio.open_memory_channel[tuple[Message, Awaitable[None] | None, Sequence[Operation] | None]](
-            CHECKS_AHEAD
-        )
+        send, receive = trio.open_memory_channel[tuple[Message, Awaitable[None] | None, Row | None]](CHECKS_AHEAD)
         async with trio.open_nursery() as nursery:
 
             async def take() -> None:
-                async for message, checked, operations in receive:
+                async for message, checked, row in receive:
                     if checked is not None:
                         await checked
-                    self._on_message(peer, message, operations)
+                    self._on_message(peer, message, row)
                     await trio.lowlevel.checkpoint()
 
             nursery.start_soon(take)
             async with send, aclosing(receive_messages(stream)) as messages:
                 async for data in messages:
                     message = decode_message_untrusted(data)
-                    checked, operations = None, None
+                    checked, row = None, None
                     space = self._by_tag.get(message.tag)
-                    if message.kind == Kind.OPERATIONS and space is not None:
-                        operations = _new_operations(message, space.replica)
-                        if len(operations) > THREAD_OVER:
-                            checked = _start_checking(nursery, operations, space.replica.space)
-                    await send.send((message, checked, operations))
+                    if message.kind == Kind.OPERATIONS and space is not None and len(message.fields[1]) > READ_ALONE:
+                        row = _new_operations(message, space.replica)
+                        checked = self._start_checking(nursery, row.operations, space.replica.space)
+                    await send.send((message, checked, row))
 
-    def _on_message(self, peer: PeerId, message: Message, operations: Sequence[Operation] | None) -> None:
+    def _start_checking(
+        self, nursery: trio.Nursery, operations: Sequence[Operation], space: bytes
+    ) -> Awaitable[None]:
+        """Check the signatures of `operations` beside this thread; awaiting the result waits for it."""
+        done = trio.Event()
+
+        async def work() -> None:
+            await self._signatures.check(operations, space)
+            done.set()
+
+        nursery.start_soon(work)
+        return done.wait()
+
+    def _on_message(self, peer: PeerId, message: Message, row: Row | None) -> None:
         space = self._by_tag.get(message.tag)
         if message.kind == Kind.GENESIS:
             self._on_genesis(message)
@@ -442,7 +455,7 @@ class SpaceService:
             self._add_neighbour(space, peer, REPLICA_MAX_NEIGHBOURS)
         before = space.replica.generation, len(space.replica.tree)
         try:
-            space.machine.receive(peer, message, trio.current_time(), self._clock(), operations)
+            space.machine.receive(peer, message, trio.current_time(), self._clock(), row)
         finally:
             self._flush(space)
             if before != (space.replica.generation, len(space.replica.tree)):
@@ -459,25 +472,10 @@ class SpaceService:
             pass
 
 
-def _new_operations(message: Message, replica: Replica) -> Sequence[Operation]:
+def _new_operations(message: Message, replica: Replica) -> Row:
     known = replica.graph.entries
-    return [op for op in decode_operations_untrusted(message, replica.space) if op.id not in known]
-
-
-def _start_checking(nursery: trio.Nursery, operations: Sequence[Operation], space: bytes) -> Awaitable[None]:
-    """Check the signatures of `operations` in a thread; awaiting the result waits for it."""
-    done = trio.Event()
-
-    def check() -> None:
-        for op in operations:
-            op.check_signature(space)
-
-    async def work() -> None:
-        await trio.to_thread.run_sync(check)
-        done.set()
-
-    nursery.start_soon(work)
-    return done.wait()
+    row = read_row_untrusted(message.fields[1], replica.space)
+    return Row([op for op in row.operations if op.id not in known], row.complete)
 
 
 def _parse(space: str) -> bytes:

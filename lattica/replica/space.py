@@ -218,9 +218,9 @@ class Space:
         if not replica.unsaved:
             return
         unsaved = replica.take_unsaved()
-        kept: list_of[tuple[bytes, int, int]] = []
+        kept: list_of[tuple[Operation, int]] = []
         if unsaved.checkpoint is not None:
-            kept = [(entry.op.encoded, entry.start, entry.end) for entry in replica.graph.counted()]
+            kept = [(entry.op, entry.end - entry.start) for entry in replica.graph.counted()]
             self.since_snapshot = 0
         instance = replica.instance if replica.instance != self._instance else None
         try:

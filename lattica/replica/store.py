@@ -5,8 +5,9 @@ any point loses no acknowledged operation, and nobody can know an operation of o
 sign its sequence number twice. (A power cut, unlike a kill, can lose the last transactions: `synchronous=NORMAL`.)
 
     spaces       number, space, genesis, instance
-    operations   place, start, end, data                with the clocks of their items; place: space number << 40 | n,
-                                                        in the order of admission (ascending keys fill their pages)
+    operations   place, items, data                     a row (`short_form`) with how many items each has; place: space
+                                                        number << 40 | n, in the order of admission (ascending keys
+                                                        fill their pages)
     forks        space number, author, first, second    proofs of equivocation
     checkpoints  space number, data                     the newest
     snapshots    space number, n, state                 the document after the first n operations, behind its BLAKE3
@@ -34,15 +35,16 @@ from blake3 import blake3
 from lattica.errors import ConfigError, StorageError, StorageFull
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.replica.genesis import Genesis, space_text
+from lattica_protocols.replica.operation import Operation
 from lattica_protocols.replica.replica import Unsaved
+from lattica_protocols.replica.short_form import RowWriter
 
 log = logging.getLogger("lattica.replica")
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS spaces (number INTEGER PRIMARY KEY, space BLOB NOT NULL UNIQUE, genesis BLOB NOT NULL,
     instance INTEGER NOT NULL);
-CREATE TABLE IF NOT EXISTS operations (place INTEGER PRIMARY KEY, start INTEGER NOT NULL, "end" INTEGER NOT NULL,
-    data BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS operations (place INTEGER PRIMARY KEY, items INTEGER NOT NULL, data BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS forks (number INTEGER NOT NULL, author BLOB NOT NULL, first BLOB NOT NULL,
     second BLOB NOT NULL, PRIMARY KEY (number, author)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS checkpoints (number INTEGER PRIMARY KEY, data BLOB NOT NULL);
@@ -50,8 +52,18 @@ CREATE TABLE IF NOT EXISTS snapshots (number INTEGER PRIMARY KEY, n INTEGER NOT 
 CREATE TABLE IF NOT EXISTS lost (number INTEGER NOT NULL, data BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS signed (number INTEGER PRIMARY KEY, header BLOB NOT NULL);
 """
-VERSION = 2
-"""2 has the tables `lost` and `signed`, and digests in `snapshots`."""
+VERSION = 3
+"""2 has the tables `lost` and `signed`, and digests in `snapshots`; 3 has operations in the short form."""
+MIGRATIONS = {
+    1: "DELETE FROM snapshots;",
+    2: """
+ALTER TABLE operations RENAME TO operations_2;
+CREATE TABLE operations (place INTEGER PRIMARY KEY, items INTEGER NOT NULL, data BLOB NOT NULL);
+INSERT INTO operations SELECT place, "end" - start, data FROM operations_2 ORDER BY place;
+DROP TABLE operations_2;
+""",
+}
+"""What makes the next version of a database of each; operations that were stored in the full form stay so."""
 _IN_SPACE = "place BETWEEN ? AND ?"
 
 
@@ -66,7 +78,7 @@ class StoredSpace:
 
     genesis: Genesis
     instance: int
-    operations: list[tuple[bytes, int, int]]
+    operations: list[tuple[bytes, int]]
     forks: list[tuple[bytes, bytes]]
     checkpoint: bytes | None
     snapshot: tuple[int, bytes]
@@ -86,6 +98,8 @@ class SpaceStore:
         """Spaces that a damaged file had: to be fetched from others."""
         self._numbers: dict[bytes, int] = {}
         self._next: dict[int, int] = {}
+        self._rows: dict[int, RowWriter] = {}
+        """By space number; one that starts anew goes on with full operations."""
 
     @classmethod
     def open(cls, home: Path | None) -> SpaceStore:
@@ -152,9 +166,10 @@ class SpaceStore:
 
     def _load(self, number: int, genesis: Genesis, instance: int) -> StoredSpace:
         run = self._connection.execute
-        query = f'SELECT data, start, "end", place FROM operations WHERE {_IN_SPACE} ORDER BY place'
-        rows = run(query, _places(number)).fetchall()
-        self._next[number] = rows[-1][3] + 1 if rows else number << 40
+        rows = run(
+            f"SELECT data, items, place FROM operations WHERE {_IN_SPACE} ORDER BY place", _places(number)
+        ).fetchall()
+        self._next[number] = rows[-1][2] + 1 if rows else number << 40
         forks = run("SELECT first, second FROM forks WHERE number = ?", (number,)).fetchall()
         checkpoint = run("SELECT data FROM checkpoints WHERE number = ?", (number,)).fetchone()
         snapshot = run("SELECT n, state FROM snapshots WHERE number = ?", (number,)).fetchone()
@@ -162,7 +177,7 @@ class SpaceStore:
         return StoredSpace(
             genesis,
             instance,
-            [(row[0], row[1], row[2]) for row in rows],
+            [(row[0], row[1]) for row in rows],
             forks,
             None if checkpoint is None else checkpoint[0],
             _checked_snapshot(snapshot),
@@ -191,6 +206,7 @@ class SpaceStore:
     def remove(self, space: bytes) -> None:
         """Forget a space."""
         number = self._numbers.pop(space)
+        self._rows.pop(number, None)
         with _Writing(self._connection):
             self._connection.execute(f"DELETE FROM operations WHERE {_IN_SPACE}", _places(number))
             for table in ("forks", "checkpoints", "snapshots", "lost", "signed", "spaces"):
@@ -199,7 +215,7 @@ class SpaceStore:
 
     # -- contents -------------------------------------------------------------------------------------------
     def save(
-        self, space: bytes, unsaved: Unsaved, kept: Sequence[tuple[bytes, int, int]] = (), instance: int | None = None
+        self, space: bytes, unsaved: Unsaved, kept: Sequence[tuple[Operation, int]] = (), instance: int | None = None
     ) -> None:
         """Write what changed, in one transaction. With a checkpoint, `kept` are all operations that stay beside it.
 
@@ -208,27 +224,29 @@ class SpaceStore:
         number = self._numbers[space]
         first = self._next[number]
         run = self._connection.execute
+        row = self._rows.pop(number, None) or RowWriter()  # put back when all of it is written
+        operations: Sequence[tuple[Operation, int]] = unsaved.operations
         with _Writing(self._connection):
-            rows = [(op.encoded, start, end) for op, start, end in unsaved.operations]
             if unsaved.checkpoint is not None:
-                rows = list(kept)
+                operations, row = kept, RowWriter()
                 run(f"DELETE FROM operations WHERE {_IN_SPACE}", _places(number))
                 run("DELETE FROM snapshots WHERE number = ?", (number,))
                 run("INSERT OR REPLACE INTO checkpoints VALUES (?, ?)", (number, unsaved.checkpoint.encode()))
             self._connection.executemany(
-                "INSERT INTO operations VALUES (?, ?, ?, ?)",
-                [(first + index, start, end, data) for index, (data, start, end) in enumerate(rows)],
+                "INSERT INTO operations VALUES (?, ?, ?)",
+                [(first + index, items, row.write(op)) for index, (op, items) in enumerate(operations)],
             )
             for fork in unsaved.forks:
-                row = (number, fork.author, fork.first.encoded, fork.second.encoded)
-                run("INSERT OR REPLACE INTO forks VALUES (?, ?, ?, ?)", row)
+                proof = (number, fork.author, fork.first.encoded, fork.second.encoded)
+                run("INSERT OR REPLACE INTO forks VALUES (?, ?, ?, ?)", proof)
             run_many = self._connection.executemany
             run_many("INSERT INTO lost VALUES (?, ?)", [(number, op.encoded) for op in unsaved.lost])
             if unsaved.signed:
                 run("INSERT OR REPLACE INTO signed VALUES (?, ?)", (number, unsaved.signed))
             if instance is not None:
                 run("UPDATE spaces SET instance = ? WHERE number = ?", (instance, number))
-        self._next[number] = first + len(rows)
+        self._next[number] = first + len(operations)
+        self._rows[number] = row
 
     def save_snapshot(self, space: bytes, operations: int, state: bytes) -> None:
         """Keep the document after the first `operations` stored ones, so that they need not be applied at a start."""
@@ -312,8 +330,8 @@ def _connect(path: Path | None) -> sqlite3.Connection:
         if version > VERSION:
             raise ConfigError(f"home: {path} was written by a newer version of lattica (schema {version})")
         if version < VERSION:
-            forget = "DELETE FROM snapshots;" if version else ""
-            connection.executescript(f"BEGIN; {SCHEMA} {forget} PRAGMA user_version = {VERSION}; COMMIT;")
+            steps = "".join(MIGRATIONS[each] for each in range(version, VERSION)) if version else ""
+            connection.executescript(f"BEGIN; {steps} {SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
     except (sqlite3.Error, ConfigError):
         connection.close()
         raise

@@ -25,6 +25,7 @@ from lattica_protocols.replica.presence import Presence
 from lattica_protocols.replica.proof import make_proof, verify_proof_untrusted
 from lattica_protocols.replica.proposal import Proposals
 from lattica_protocols.replica.replica import Replica
+from lattica_protocols.replica.short_form import write_row
 from lattica_protocols.replica.sync import ReplicaSync
 from lattica_protocols.replica.update import parse_update_untrusted
 from lattica_protocols.varint import encode_uvarint
@@ -68,10 +69,13 @@ class Neighbours(Driver):
         machine.propose_checkpoint(0.0, NOW)
         sent = [data for _, data in machine.poll_transmit()]
         operations = encode_message(Kind.OPERATIONS, SPACE.id, 1, [op.encoded for op in ops])
+        row = encode_message(Kind.OPERATIONS, SPACE.id, 0, write_row(ops[:3]))
+        pushed = encode_message(Kind.OPERATIONS, SPACE.id, 0, write_row(ops[3:], writer.graph.operation_at))
         hello = encode_message(Kind.HELLO, SPACE.id, bytes(32), *checkpoint.rank)
         data = checkpoint.encode()
         return [
             (operations, *sent),
+            (row, pushed),
             (operations, encode_message(Kind.FORKS, SPACE.id, [tuple(op.encoded for op in twins)])),
             (hello, encode_message(Kind.CHECKPOINT, SPACE.id, checkpoint.id, 0, len(data), data)),
             (

@@ -25,6 +25,7 @@ from lattica_protocols.replica.operation import Operation
 from lattica_protocols.replica.plain import document_value
 from lattica_protocols.replica.proof import make_proof, verify_proof_untrusted
 from lattica_protocols.replica.replica import Replica
+from lattica_protocols.replica.short_form import RowWriter, read_row_untrusted, write_row
 from lattica_protocols.replica.sync import ReplicaSync
 from lattica_protocols.replica.tree import MerkleTree, follow_path_untrusted
 from lattica_protocols.replica.update import parse_update_untrusted
@@ -51,6 +52,7 @@ def samples() -> dict[str, list[bytes]]:
     return {
         "genesis": [space.encode()],
         "operation": [op.encoded for op in ops],
+        "row": [*write_row(ops), *write_row(ops[1:2], owner.graph.operation_at)],
         "update": [op.body for op in ops],
         "message": messages,
         "checkpoint": [owner.make_checkpoint(NOW).encode()],
@@ -59,9 +61,12 @@ def samples() -> dict[str, list[bytes]]:
 
 
 SAMPLES = samples()
+HISTORY = Replica(genesis())
+deliver(HISTORY, *(Operation.decode_untrusted(data, genesis().id) for data in SAMPLES["operation"][:2]))
 PARSERS: dict[str, Any] = {
     "genesis": Genesis.decode_untrusted,
     "operation": lambda data: Operation.decode_untrusted(data, bytes(32)),
+    "row": lambda data: read_row_untrusted([*SAMPLES["row"][:2], data], genesis().id, HISTORY.graph.operation_at),
     "update": parse_update_untrusted,
     "message": decode_message_untrusted,
     "checkpoint": lambda data: Checkpoint.decode_untrusted(data, genesis()),
@@ -96,6 +101,48 @@ def test_garbage_gives_a_remote_error_or_nothing(name: str, data: st.DataObject)
         PARSERS[name](raw)
     except RemoteProtocolError:
         pass
+
+
+@given(row=st.lists(st.one_of(st.sampled_from(SAMPLES["row"]), mutated("row")), max_size=8), find=st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_whatever_is_read_from_a_row_is_an_operation_in_full_form(row: list[bytes], find: bool) -> None:
+    """What a short form gives could have come in full: the same bytes, the same id, the same bounds."""
+    space = genesis().id
+    try:
+        operations, complete = read_row_untrusted(row, space, HISTORY.graph.operation_at if find else None)
+    except RemoteProtocolError:
+        return
+    assert complete == (len(operations) == len(row))
+    for op in operations:
+        full = Operation.decode_untrusted(op.encoded, space)
+        names = [name for name in Operation.__slots__ if name != "verified"]
+        assert [getattr(op, name) for name in names] == [getattr(full, name) for name in names]
+    again = read_row_untrusted(write_row(operations), space)
+    assert again.complete
+    assert [op.encoded for op in again.operations] == [op.encoded for op in operations]
+
+
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_a_history_in_any_order_and_in_any_pieces_is_read_from_its_row(data: st.DataObject) -> None:
+    """Three chains that merge now and then; rows are cut, picked from and written by several writers in turn."""
+    space = genesis()
+    members = [member(0, space), member(1, space), member(1, space, instance=9)]
+    ops: list[Operation] = []
+    for number in data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=15)):
+        if data.draw(st.booleans()):
+            deliver(members[number], *ops)
+        key, later = f"k{data.draw(st.integers(0, 2))}", data.draw(st.integers(0, 300))
+        ops.append(put(members[number], key, number, NOW + later))
+    picked = data.draw(st.permutations(ops))[: data.draw(st.integers(0, len(ops)))]
+    written: list[bytes] = []
+    while len(written) < len(picked):
+        writer = RowWriter()
+        for op in picked[len(written) : len(written) + data.draw(st.integers(1, 8))]:
+            written.append(writer.write(op))
+    row = read_row_untrusted(written, space.id)
+    assert row.complete
+    assert [op.encoded for op in row.operations] == [op.encoded for op in picked]
 
 
 @given(data=mutated("update"))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sqlite3
+import struct
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from pathlib import Path
 
 import pytest
@@ -203,6 +205,32 @@ def test_a_space_is_there_after_a_restart_and_goes_on(run, tmp_path: Path) -> No
             assert len(space.log()) == 1
             assert space.operations() == 22
             assert space.verify().ok
+
+    run(main)
+
+
+def test_a_damaged_row_is_fetched_again_and_nothing_that_nobody_signed_is_kept(run, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with open_node(NodeConfig(home=tmp_path / "one", listen=[TCP], kad_mode="server")) as one:
+            addr = f"{one.host.listen_addrs()[0]}/p2p/{one.peer_id}"
+            config = NodeConfig(home=tmp_path / "two", listen=[TCP], bootstrap=[addr], kad_mode="server")
+            space = await one.spaces.create("kept", [])
+            for number in range(20):
+                space["x"] = 1000 + number
+            async with open_node(config) as two:
+                await until_equal(space, await two.spaces.join(space.id, [one.peer_id]))
+            with closing(sqlite3.connect(tmp_path / "two" / "spaces.db", isolation_level=None)) as database:
+                query = "SELECT place, data FROM operations LIMIT 1 OFFSET 10"
+                place, data = database.execute(query).fetchone()
+                value = data.index(struct.pack(">f", 1010.0))
+                changed = data[:value] + struct.pack(">f", 1011.0) + data[value + 4 :]
+                database.execute("UPDATE operations SET data = ? WHERE place = ?", (changed, place))
+            async with open_node(config) as two:
+                assert "10 stored operations" in (two.spaces.store.damaged or "")
+                other = two.spaces.get(space.id)
+                assert other["x"] == 1009
+                await until_equal(space, other)
+                assert other.verify().ok
 
     run(main)
 

@@ -17,6 +17,7 @@ from lattica_protocols.replica.genesis import Genesis
 from lattica_protocols.replica.operation import Kind, Operation
 from lattica_protocols.replica.plain import container, to_shared
 from lattica_protocols.replica.replica import Replica
+from lattica_protocols.replica.short_form import RowWriter
 from lattica_protocols.replica.sync import ReplicaSync
 
 UNIX = 1_800_000_000.0
@@ -36,7 +37,8 @@ class Member:
     neighbours: list[int]
     writes: bool = True
     byzantine: bool = False
-    disk: list[tuple[bytes, int, int]] = field(default_factory=list)
+    disk: list[tuple[bytes, int]] = field(default_factory=list)
+    row: RowWriter = field(default_factory=RowWriter)
     forks: list[tuple[bytes, bytes]] = field(default_factory=list)
     checkpoint: bytes = b""
 
@@ -44,9 +46,10 @@ class Member:
         unsaved = self.replica.take_unsaved()
         if unsaved.checkpoint is not None:
             self.checkpoint = unsaved.checkpoint.encode()
-            self.disk = [(e.op.encoded, e.start, e.end) for e in self.replica.graph.counted()]
+            self.row = RowWriter()
+            self.disk = [(self.row.write(e.op), e.end - e.start) for e in self.replica.graph.counted()]
             return
-        self.disk += [(op.encoded, start, end) for op, start, end in unsaved.operations]
+        self.disk += [(self.row.write(op), items) for op, items in unsaved.operations]
         self.forks += [(fork.first.encoded, fork.second.encoded) for fork in unsaved.forks]
 
 
@@ -161,6 +164,7 @@ class Network:
 
     def crash(self, member: Member, *, forget: bool) -> None:
         """The process ends and starts again, with what was on its disk or without."""
+        member.row = RowWriter()
         if forget:
             member.disk, member.forks, member.checkpoint = [], [], b""
             member.replica = self._replica(member.key)

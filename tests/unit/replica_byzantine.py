@@ -23,6 +23,7 @@ from lattica_protocols.replica.graph import client_id
 from lattica_protocols.replica.operation import Operation
 from lattica_protocols.replica.plain import container, document_value, same_value, to_shared
 from lattica_protocols.replica.replica import Replica
+from lattica_protocols.replica.short_form import RowWriter
 from lattica_protocols.varint import encode_uvarint
 
 Item = tuple[str, int, int]
@@ -218,7 +219,8 @@ def _check_copies(replica: Replica, value: Any) -> None:
     copy.apply_update(state)
     assert same_value(document_value(copy), value), "loaded from the state"
     again = Replica(replica.genesis)
-    stored = [(entry.op.encoded, entry.start, entry.end) for entry in replica.graph.counted()]
+    row = RowWriter()
+    stored = [(row.write(entry.op), entry.end - entry.start) for entry in replica.graph.counted()]
     forks = [(fork.first.encoded, fork.second.encoded) for fork in replica.graph.forks.values()]
     contained = len(stored) if not forks else 0
     again.load(stored, forks, (contained, state) if contained else (0, b""))
@@ -259,6 +261,6 @@ def _check_copies_on(replica: Replica, checkpoint: bytes) -> None:
     again = Replica(replica.genesis)
     again.receive_checkpoint(checkpoint)
     forks = [(fork.first.encoded, fork.second.encoded) for fork in replica.graph.forks.values()]
-    again.load([(e.op.encoded, e.start, e.end) for e in replica.graph.counted()], forks)
+    again.load([(e.op.encoded, e.end - e.start) for e in replica.graph.counted()], forks)
     assert again.root() == replica.root()
     assert same_value(again.value(), replica.value()), "started again on a checkpoint"

@@ -25,6 +25,7 @@ from lattica_protocols.replica.operation import Kind, Operation
 from lattica_protocols.replica.presence import Presence
 from lattica_protocols.replica.proof import make_proof, verify_proof_untrusted
 from lattica_protocols.replica.replica import Replica
+from lattica_protocols.replica.short_form import read_row_untrusted, write_row
 from lattica_protocols.replica.sync import ReplicaSync
 from lattica_protocols.replica.tree import MerkleTree
 
@@ -66,6 +67,8 @@ def make() -> dict[str, Any]:
             {"bytes": op.encoded.hex(), "id": op.id.hex(), "kind": op.kind, "seq": op.seq, "root_after": _root(ops, n)}
             for n, op in enumerate(ops, 1)
         ],
+        "row": [data.hex() for data in write_row(ops)],
+        "pushed": write_row(ops[1:2], owner.graph.operation_at)[0].hex(),
         "document": owner.value(),
         "root": root.hex(),
         "fork": {
@@ -139,6 +142,18 @@ def test_a_replica_that_is_fed_the_bytes_comes_to_the_roots(vectors: dict[str, A
     assert replica.root().hex() == vectors["fork"]["root"]
     assert [author.hex() for author, _, _ in replica.graph.exclusions()] == [vectors["fork"]["excluded"]]
     assert replica.value() == vectors["fork"]["document"]
+
+
+def test_the_row_gives_the_same_operations(vectors: dict[str, Any]) -> None:
+    space = Genesis.decode_untrusted(bytes.fromhex(vectors["genesis"]["bytes"]))
+    full = [row["bytes"] for row in vectors["operations"]]
+    row = read_row_untrusted([bytes.fromhex(data) for data in vectors["row"]], space.id)
+    assert [op.encoded.hex() for op in row.operations] == full
+    assert vectors["row"][1] != full[1]
+    replica = Replica(space)
+    deliver(replica, row.operations[0])
+    pushed = read_row_untrusted([bytes.fromhex(vectors["pushed"])], space.id, replica.graph.operation_at)
+    assert [op.encoded.hex() for op in pushed.operations] == full[1:2]
 
 
 def test_proof_checkpoint_and_messages_are_read(vectors: dict[str, Any]) -> None:

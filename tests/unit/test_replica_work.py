@@ -121,7 +121,7 @@ def test_a_transaction_that_is_too_much_for_one_operation_becomes_several() -> N
     assert reader.root() == writer.root()
     assert reader.verify().ok
     again = member(1, SPACE)
-    again.load([(entry.op.encoded, entry.start, entry.end) for entry in writer.graph.counted()])
+    again.load([(entry.op.encoded, entry.end - entry.start) for entry in writer.graph.counted()])
     for edit in (fill_from_the_front, delete_every_other, edit_everything):
         write(again, edit)
     deliver(reader, *[entry.op for entry in again.graph.counted()])
@@ -167,7 +167,7 @@ def test_after_a_restart_the_places_of_many_operations_are_learned_once() -> Non
     author, other = member(2, SPACE), member(1, SPACE)
     for number in range(2000):
         put(author, f"{number:04}", number)
-    stored = [(entry.op.encoded, entry.start, entry.end) for entry in author.graph.counted()]
+    stored = [(entry.op.encoded, entry.end - entry.start) for entry in author.graph.counted()]
     deliver(other, *[entry.op for entry in author.graph.counted()])
     named = [U(CLIENTS[2]) + U(number) for number in range(2000)]
     overwriting = b"\1" + U(2000) + U(CLIENTS[1]) + b"\0" + b"".join(b"\x88" + each + VALUE for each in named) + b"\0"

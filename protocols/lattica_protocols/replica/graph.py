@@ -211,6 +211,20 @@ class Graph:
         """The operations that count, parents first."""
         return [entry for entry in self.entries.values() if entry.counted]
 
+    def operation_at(self, client: int, seq: int) -> Operation | None:
+        """The operation at `seq` of the chain with this client id; None when it is not here, or a fork has two."""
+        branches = self.chains.get(self._clients.get(client, _NOBODY), ())
+        found = [b.entries[seq - b.first_seq].op for b in branches if 0 <= seq - b.first_seq < len(b.entries)]
+        return found[0] if len(found) == 1 else None
+
+    def clock_before(self, op: Operation) -> int:
+        """The clock at which the items of `op` start, which is about to be admitted."""
+        previous = self.entries.get(op.parents[0]) if op.seq else None
+        if previous is not None:
+            return previous.end
+        ended = self.floor.chains.get(op.chain)
+        return 0 if ended is None else ended.end
+
     def tip(self, chain: Chain) -> Entry | None:
         """The last counted operation of a chain's longest line."""
         tips = [e for b in self.chains.get(chain, ()) for e in b.entries[-1:] if e.counted]

@@ -7,7 +7,8 @@ the tag is the first 8 bytes of the space's id, which whoever holds the space kn
                                                                     what the sender has, in 32 bytes
     2 FRONTIER        checkpoint id, full, [[author, instance, seq, first 8 bytes of the id], …],
                       [[author, seq, instance], …]                  chain ends and exclusions; asks for what is missing
-    3 OPERATIONS      batch, [operation, …]                         parents first. Batch 0: pushed; others want an ACK
+    3 OPERATIONS      batch, [operation, …]                         a row (`short_form`), parents first. Batch 0:
+                                                                    pushed; others want an ACK
     4 ACK             batch
     5 WANT            [id, …]                                       parents that are missing
     6 FORKS           [[operation, operation], …]                   proofs of equivocation

@@ -40,7 +40,8 @@ from lattica_protocols.limits import (
     REPLICA_MAX_UPDATE_BYTES,
 )
 
-_DOMAIN = b"lattica-replica-op-1"
+SIGNED_PREFIX = b"lattica-replica-op-1"
+"""Before the space and the operation in what is signed."""
 _SIGNATURE_TAIL = 66
 """The signature with its msgpack header: always the last 66 bytes."""
 _MAX_SEQ = (1 << 40) - 1
@@ -87,7 +88,7 @@ class Operation:
         """Make and sign an operation. The caller keeps the rules: seq, links, contents."""
         author = key.public_key.data
         unsigned = msgpack.packb([kind, author, instance, seq, parents, time, body, b""])[:-2]
-        signature = key.sign(_DOMAIN + space + unsigned)
+        signature = key.sign(SIGNED_PREFIX + space + unsigned)
         operation = cls._of(kind, author, instance, seq, tuple(parents), time, body)
         operation.encoded = unsigned + b"\xc4\x40" + signature
         operation.id = blake3(space + operation.encoded).digest()
@@ -132,12 +133,41 @@ class Operation:
         operation.verified = False
         return operation
 
+    @classmethod
+    def following(
+        cls,
+        last: Operation,
+        space: bytes,
+        *,
+        kind: int,
+        others: tuple[bytes, ...],
+        elapsed: int,
+        body: bytes,
+        signature: bytes,
+    ) -> Operation:
+        """The operation after `last` in its chain, from what is its own; `others`: parents beside `last`.
+
+        The form is checked, not the signature. Raises `RemoteProtocolError`.
+        """
+        author, instance, seq, time = last.author, last.instance, last.seq + 1, last.time + elapsed
+        parents = (last.id, *others)
+        if seq > _MAX_SEQ or time > _MAX_TIME or len(parents) > REPLICA_MAX_PARENTS or len(signature) != 64:
+            raise RemoteProtocolError("operation with a number out of range")
+        _check_body(kind, body)
+        if others:
+            _check_parents(parents, True)
+        operation = cls._of(kind, author, instance, seq, parents, time, body)
+        operation.encoded = msgpack.packb([kind, author, instance, seq, parents, time, body, signature])
+        operation.id = blake3(space + operation.encoded).digest()
+        operation.verified = False
+        return operation
+
     def check_signature(self, space: bytes) -> bool:
         """Whether the author signed this for `space`. About 65 µs; releases the GIL."""
         if not self.verified:
             data = self.encoded
             try:
-                crypto_sign_open(data[-64:] + _DOMAIN + space + data[:-_SIGNATURE_TAIL], self.author)
+                crypto_sign_open(data[-64:] + SIGNED_PREFIX + space + data[:-_SIGNATURE_TAIL], self.author)
             except (BadSignatureError, ValueError):
                 return False
             self.verified = True
@@ -172,16 +202,20 @@ def _check_types(
         raise RemoteProtocolError("operation whose author or signature has a wrong length")
     if not (0 <= kind <= 3 and 0 <= instance <= 0xFFFFFFFF and 0 <= seq <= _MAX_SEQ and 0 <= time <= _MAX_TIME):  # type: ignore[operator]
         raise RemoteProtocolError("operation with a number out of range")
-    for parent in parents:
-        if type(parent) is not bytes or len(parent) != 32:
-            raise RemoteProtocolError("operation with a parent that is no hash")
     _check_parents(parents, bool(seq))
+    _check_body(kind, body)
+
+
+def _check_body(kind: object, body: bytes) -> None:
     if len(body) > REPLICA_MAX_UPDATE_BYTES or (kind != Kind.EDIT and len(body) != 32):
         raise RemoteProtocolError("operation whose body is too long, or is no key")
 
 
 def _check_parents(parents: tuple[bytes, ...], follows: bool) -> None:
     """The author's operation before it first (when it `follows` one), the others sorted, none twice."""
+    for parent in parents:
+        if type(parent) is not bytes or len(parent) != 32:
+            raise RemoteProtocolError("operation with a parent that is no hash")
     if follows and not parents:
         raise RemoteProtocolError("operation that lacks its predecessor")
     if len(parents) > 1:

@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from lattica_protocols.replica.graph import Entry
 
 _DELETED, _BINARY, _STRING, _TYPE, _ANY = 1, 3, 4, 7, 8
+_AFTER, _HAS_KEY = 0x80, 0x20
+"""Bits of an item: it has a left origin, and no more; it stands under a key, which is not repeated then."""
 _ARRAY, _MAP, _TEXT = 0, 1, 2
 _KIND_OF = {"m": _MAP, "c": _MAP, "s": _MAP, "l": _ARRAY, "t": _TEXT}
 _CONTENTS = {
@@ -244,10 +246,13 @@ class _Placing:
         self.cutting: list[bool] = []
         self.table = Table()
         self.count = self.client = self.clock = self.start = 0
+        self.own = b""
+        """The bytes of `client`."""
         sections, at = read_uint(body, 0)
         if sections:
-            self.count, at = read_uint(body, at)
-            self.client, at = read_uint(body, at)
+            self.count, own_at = read_uint(body, at)
+            self.client, at = read_uint(body, own_at)
+            self.own = body[own_at:at]
             self.clock, at = read_uint(body, at)
             self.start = self.clock
         self.at = at
@@ -268,7 +273,7 @@ class _Placing:
     def run(self) -> Places:
         table, count = self.table, self.count
         while len(table.placed) < count:
-            struct, behind = read_struct(self.body, self.at, self.clock)
+            struct, behind = read_struct(self.body, self.at, self.clock, self.own, self.client)
             placed = place_untrusted(struct, self.client, self.look)
             if count > 1 and not self.work.fits(struct, placed):
                 if not self.may_cut:
@@ -372,8 +377,10 @@ def _run_untrusted(struct: Struct, client: int, left: Placed | None, right: Plac
     return Run(client, struct.clock, above, at)
 
 
-def read_struct(data: bytes, at: int, clock: int) -> tuple[Struct, int]:
-    """An item, and the offset behind it. `IndexError` or `RemoteProtocolError` where it was not checked before."""
+def read_struct(data: bytes, at: int, clock: int, own: bytes, client: int) -> tuple[Struct, int]:
+    """An item, and the offset behind it. `IndexError` or `RemoteProtocolError` where it was not checked before.
+
+    `own`: the bytes of `client`, whose item it is: nearly every reference is to the same client's items."""
     info = data[at]
     at += 1
     if info == 0:
@@ -384,11 +391,11 @@ def read_struct(data: bytes, at: int, clock: int) -> tuple[Struct, int]:
     parent: Reference | str | None = None
     key = None
     if info & 0x80:
-        other, at = read_uint(data, at)
+        other, at = (client, at + len(own)) if data.startswith(own, at) else read_uint(data, at)
         place, at = read_uint(data, at)
         left = (other, place)
     if info & 0x40:
-        other, at = read_uint(data, at)
+        other, at = (client, at + len(own)) if data.startswith(own, at) else read_uint(data, at)
         place, at = read_uint(data, at)
         right = (other, place)
     if not info & 0xC0:
@@ -398,7 +405,7 @@ def read_struct(data: bytes, at: int, clock: int) -> tuple[Struct, int]:
             if parent[:1] not in _KIND_OF:
                 raise RemoteProtocolError("an item in no container of ours")
         else:
-            other, at = read_uint(data, at)
+            other, at = (client, at + len(own)) if data.startswith(own, at) else read_uint(data, at)
             place, at = read_uint(data, at)
             parent = (other, place)
         if info & 0x20:
@@ -409,56 +416,115 @@ def read_struct(data: bytes, at: int, clock: int) -> tuple[Struct, int]:
     return Struct(clock, length, kind, number, left, right, parent, key), at
 
 
+class _Section:
+    """The items of one client in a document."""
+
+    __slots__ = ("client", "clocks", "placed", "rows")
+
+    def __init__(self, client: int) -> None:
+        self.client = client
+        self.clocks: list[int] = []
+        self.rows: list[Struct | int] = []
+        """An item; or, for a deleted one behind one of the same client, the clock of that one."""
+        self.placed: list[Placed | None] = []
+
+
 def places_of_state_untrusted(state: bytes) -> dict[int, Table]:
     """The places of all items of a document. Raises `RemoteProtocolError` for one that no updates of ours make."""
-    structs: dict[int, list[Struct]] = {}
-    clocks: dict[int, list[int]] = {}
+    found: dict[int, _Section] = {}
     try:
         sections, at = read_uint(state, 0)
         for _ in range(sections):
             count, at = read_uint(state, at)
-            client, at = read_uint(state, at)
-            clock, at = read_uint(state, at)
-            if client in structs or count > len(state):
+            client, own_at = read_uint(state, at)
+            own = state[at:own_at]
+            if client in found or count > len(state):
                 raise RemoteProtocolError("a state with two sections of one client")
-            structs[client] = rows = []
-            for _ in range(count):
-                struct, at = read_struct(state, at, clock)
-                rows.append(struct)
-                clock += struct.length
-            clocks[client] = [row.clock for row in rows]
+            found[client] = section = _Section(client)
+            at = _read_section(state, own_at, count, own, section)
     except IndexError:
         raise RemoteProtocolError("a state that is cut off") from None
-    return _place_all(structs, clocks)
-
-
-def _place_all(structs: dict[int, list[Struct]], clocks: dict[int, list[int]]) -> dict[int, Table]:
-    """Each after those it names; what goes in a circle is refused."""
-    done: dict[Reference, Placed] = {}
-    for first in [(client, index) for client, rows in structs.items() for index in range(len(rows))]:
-        stack = [first]
-        waiting: set[Reference] = set()
-        while stack:
-            client, index = row = stack[-1]
-            if row in done:
-                stack.pop()
-                continue
-            struct = structs[client][index]
-            named = [each for each in (struct.left, struct.right, struct.parent) if isinstance(each, tuple)]
-            rows = [(other, bisect_right(clocks.get(other, ()), clock) - 1) for other, clock in named]
-            needed = [each for each in rows if each[1] >= 0 and each not in done]
-            if needed:
-                if row in waiting:
-                    raise RemoteProtocolError("items that name each other in a circle")
-                waiting.add(row)
-                stack += needed
-                continue
-            at = dict(zip(named, rows, strict=True))
-            done[row] = place_untrusted(struct, client, lambda each, at=at: done.get(at[each], GONE))  # type: ignore[misc]
-            stack.pop()
+    _place_all(found)
     tables = {}
-    for client, rows_of in structs.items():
+    for client, section in found.items():
         tables[client] = table = Table()
-        table.clocks = clocks[client]
-        table.placed = [done[client, index] for index in range(len(rows_of))]
+        table.clocks = section.clocks
+        table.placed = section.placed  # type: ignore[assignment]
     return tables
+
+
+def _read_section(state: bytes, at: int, count: int, own: bytes, section: _Section) -> int:
+    """Read `count` items; the offset behind them. What was overwritten in a map is most of a document: a deleted item
+    behind another one of its author, for which a number is enough."""
+    clock, at = read_uint(state, at)
+    clocks, rows, client = section.clocks, section.rows, section.client
+    skip = 1 + len(own)
+    for _ in range(count):
+        clocks.append(clock)
+        if state[at] & ~_HAS_KEY == _AFTER | _DELETED and state.startswith(own, at + 1):
+            left, at = read_uint(state, at + skip)
+            length, at = read_uint(state, at)
+            rows.append(left)
+            clock += length
+        else:
+            struct, at = read_struct(state, at, clock, own, client)
+            rows.append(struct)
+            clock += struct.length
+    section.placed = [None] * count
+    return at
+
+
+class _NotPlaced(Exception):
+    """Another item is to be placed first: its section, and its index there."""
+
+    def __init__(self, section: _Section, index: int) -> None:
+        super().__init__()
+        self.item = section, index
+
+
+def _place_all(found: dict[int, _Section]) -> None:
+    """Each after those it names; what goes in a circle is refused."""
+
+    def look(named: Reference) -> Placed:
+        section = found.get(named[0])
+        index = -1 if section is None else bisect_right(section.clocks, named[1]) - 1
+        if section is None or index < 0:
+            return GONE
+        placed = section.placed[index]
+        if placed is None:
+            raise _NotPlaced(section, index)
+        return placed
+
+    for section in found.values():
+        clocks, all_placed = section.clocks, section.placed
+        for index, row in enumerate(section.rows):
+            if all_placed[index] is not None:
+                continue
+            if type(row) is int and clocks[0] <= row < clocks[index]:
+                left = all_placed[bisect_right(clocks, row) - 1]
+                if left is not None and left.place is not None and left.place.key is not None:
+                    # as `place_untrusted` says, by the shortest way
+                    same = left.holds is None and left.is_gone
+                    all_placed[index] = left if same else Placed(left.place, None, True)
+                    continue
+            _place_from(section, index, look)
+
+
+def _place_from(section: _Section, index: int, look: Callable[[Reference], Placed]) -> None:
+    """Place an item, and before it those that it leads to. No recursion: the way may be long."""
+    stack, waiting = [(section, index)], {(section, index)}
+    while stack:
+        section, index = stack[-1]
+        row = section.rows[index]
+        if type(row) is int:
+            row = Struct(section.clocks[index], 1, _DELETED, 0, (section.client, row), None, None, None)
+        assert isinstance(row, Struct)
+        try:
+            section.placed[index] = place_untrusted(row, section.client, look)
+        except _NotPlaced as other:
+            if other.item in waiting:
+                raise RemoteProtocolError("items that name each other in a circle") from None
+            waiting.add(other.item)
+            stack.append(other.item)
+        else:
+            waiting.discard(stack.pop())

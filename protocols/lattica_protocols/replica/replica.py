@@ -30,6 +30,7 @@ from lattica_protocols.replica.genesis import Genesis
 from lattica_protocols.replica.graph import Admission, Entry, Fork, Graph, client_id, forked_client
 from lattica_protocols.replica.operation import Kind, Operation
 from lattica_protocols.replica.plain import apply_untrusted, document_value, same_value
+from lattica_protocols.replica.short_form import RowReader
 from lattica_protocols.replica.tree import MerkleTree
 from lattica_protocols.replica.update import filler, parse_update_untrusted, rename
 
@@ -40,8 +41,8 @@ _ROOT_DOMAIN = b"lattica-replica-root-1"
 class Unsaved:
     """What changed since it was last taken. Written in one transaction."""
 
-    operations: list[tuple[Operation, int, int]] = field(default_factory=list)
-    """With the clocks of their items, so that they need not be read again."""
+    operations: list[tuple[Operation, int]] = field(default_factory=list)
+    """With the number of their items, so that they need not be read again."""
     forks: list[Fork] = field(default_factory=list)
     checkpoint: Checkpoint | None = None
     """Replaces all operations that it covers."""
@@ -140,11 +141,12 @@ class Replica:
 
     def load(
         self,
-        operations: Iterable[tuple[bytes, int, int]],
+        operations: Iterable[tuple[bytes, int]],
         forks: Iterable[tuple[bytes, bytes]] = (),
         snapshot: tuple[int, bytes] = (0, b""),
     ) -> None:
-        """Take back what was stored: encoded operations with their clocks, and proofs. Trusted, so not checked again.
+        """Take back what was stored: a row of operations (`short_form`), each with the number of its items, and proofs.
+        Trusted, so not checked again.
 
         `snapshot`: how many of the first operations a stored document contains, and that document.
         Raises `RemoteProtocolError` for a damaged one; those before it are loaded.
@@ -157,11 +159,13 @@ class Replica:
         self.graph.restore_forks(proofs)
         if contained:
             self.doc.apply_update(state)
-        number = 0
-        for number, (data, start, end) in enumerate(operations, 1):
-            op = Operation.decode_untrusted(data, self.space)
+        number, reader = 0, RowReader(self.space)
+        for number, (data, items) in enumerate(operations, 1):
+            op = reader.read_untrusted(data)
             op.verified = True
-            self._apply(self.graph.admit(op, None, span=(start, end)), save=False, document=number > contained)
+            start = self.graph.clock_before(op)
+            admission = self.graph.admit(op, None, span=(start, start + items))
+            self._apply(admission, save=False, document=number > contained)
         if number < contained:
             self._rebuild()
         for head in self.graph.heads & self.graph.entries.keys():
@@ -173,7 +177,7 @@ class Replica:
 
     def _apply(self, admission: Admission, *, save: bool = True, document: bool = True) -> Admission:
         if save:
-            self.unsaved.operations += [(entry.op, entry.start, entry.end) for entry in admission.counted]
+            self.unsaved.operations += [(entry.op, entry.end - entry.start) for entry in admission.counted]
             if admission.fork is not None:
                 self.unsaved.forks.append(admission.fork)
         if admission.rebuild:

@@ -4,6 +4,7 @@
     every few seconds: HELLO to a random neighbour ──digests differ──▶ FRONTIER back
     FRONTIER ──▶ the operations its sender lacks, in causal order, a few batches ahead of the ACKs
     operation whose parents are missing ──▶ kept aside, WANT; given up when it is not healed by the next comparisons
+    pushed one in the short form that follows one that is not here ──▶ FRONTIER
 
 Messages stand alone, so that loss, repetition and reordering cost time and nothing else; a neighbour that went away in
 the middle is resumed by the next FRONTIER, which names what has arrived. Two replicas that differ in d operations
@@ -41,6 +42,7 @@ from lattica_protocols.replica.operation import Operation
 from lattica_protocols.replica.presence import Presence, Record
 from lattica_protocols.replica.proposal import Proposal, Proposals, Signatures
 from lattica_protocols.replica.replica import Replica
+from lattica_protocols.replica.short_form import Row, read_row_untrusted, write_row
 
 HELLO_INTERVAL = (2.0, 5.0)
 """Seconds between comparisons with a random neighbour."""
@@ -64,6 +66,9 @@ FORK_PAUSE = (1.0, 60.0)
 whole graph be counted anew, and who signs a long chain can make thousands, one before the other."""
 FRUITLESS = 2
 """Frontiers that changed nothing, after which all chain ends are compared by id."""
+READ_ALONE = 16
+"""A message of more operations may be read before those that came earlier are taken in (so that signatures can be
+checked meanwhile): it names none by their place in the receiver's replica."""
 CHUNK = 512 << 10
 """Bytes of a checkpoint in one message."""
 _REFUSED_KEPT = 4096
@@ -84,6 +89,8 @@ class _Neighbour:
     last_ack: float = 0.0
     frontier_at: float = -1e9
     fruitless: int = 0
+    behind: bool = False
+    """It pushed what we cannot read: a frontier is to be sent."""
 
 
 @dataclass(slots=True)
@@ -188,6 +195,9 @@ class ReplicaSync(Generic[Peer]):
             at = min(at, self._presence_at)
         if self._settle_at is not None:
             at = min(at, self._settle_at)
+        for neighbour in self._neighbours.values():
+            if neighbour.behind:
+                at = min(at, neighbour.frontier_at + FRONTIER_PAUSE)
         return at
 
     def handle_timer(self, now: float, unix_now: float) -> None:
@@ -196,6 +206,9 @@ class ReplicaSync(Generic[Peer]):
             for peer in self._neighbours:
                 if peer != self._settle_not:
                     self._send_hello(peer)
+        for peer, neighbour in self._neighbours.items():
+            if neighbour.behind:
+                self._send_frontier(peer, neighbour, now)
         if now >= self._hello_at:
             self._hello_at = now + self._rng.uniform(*HELLO_INTERVAL)
             self._forget_old(now)
@@ -223,10 +236,8 @@ class ReplicaSync(Generic[Peer]):
         """A message of `peer`. Raises `RemoteProtocolError` when it is malformed."""
         self.receive(peer, decode_message_untrusted(data), now, unix_now)
 
-    def receive(
-        self, peer: Peer, message: Message, now: float, unix_now: float, operations: Sequence[Operation] | None = None
-    ) -> None:
-        """The same for a message that is parsed; `operations`: those in it, when they are parsed, too (their
+    def receive(self, peer: Peer, message: Message, now: float, unix_now: float, row: Row | None = None) -> None:
+        """The same for a message that is parsed; `row`: the operations in it, when they are parsed, too (their
         signatures may have been checked in a thread)."""
         neighbour = self._neighbours.get(peer) or _Neighbour()
         fields = message.fields
@@ -236,9 +247,13 @@ class ReplicaSync(Generic[Peer]):
             case Kind.FRONTIER:
                 self._on_frontier(peer, neighbour, message, now)
             case Kind.OPERATIONS:
-                if operations is None:
-                    operations = decode_operations_untrusted(message, self.replica.space)
-                self._on_operations(peer, neighbour, fields[0], operations, now, unix_now)
+                if row is None:
+                    row = read_row_untrusted(fields[1], self.replica.space, self.replica.graph.operation_at)
+                self._on_operations(peer, neighbour, fields[0], row.operations, now, unix_now)
+                if not row.complete and peer in self._neighbours:
+                    self.counters["unresolved"] += 1
+                    neighbour.behind = True
+                    self._send_frontier(peer, neighbour, now)
             case Kind.ACK:
                 neighbour.in_flight.pop(fields[0], None)
                 neighbour.last_ack = now
@@ -464,7 +479,7 @@ class ReplicaSync(Generic[Peer]):
         found = sorted((graph.entries[key] for key in set(ids) if key in graph.entries), key=lambda e: e.order)
         operations = [entry.op for entry in found]
         for start, stop in list(_batches(operations))[:REPLICA_BATCHES_IN_FLIGHT]:  # the rest is asked for again
-            self._send(peer, Kind.OPERATIONS, 0, [op.encoded for op in operations[start:stop]])
+            self._send(peer, Kind.OPERATIONS, 0, write_row(operations[start:stop]))
 
     def _on_forks(self, peer: Peer, forks: Sequence[tuple[bytes, bytes]], now: float) -> None:
         for pair in forks:
@@ -604,7 +619,8 @@ class ReplicaSync(Generic[Peer]):
         for peer, neighbour in self._neighbours.items():
             pushes, neighbour.pushes = neighbour.pushes, []
             for start, stop in _batches(pushes):
-                self._send(peer, Kind.OPERATIONS, 0, [op.encoded for op in pushes[start:stop]])
+                find = self.replica.graph.operation_at if stop - start <= READ_ALONE else None
+                self._send(peer, Kind.OPERATIONS, 0, write_row(pushes[start:stop], find))
         out, self._transmit = self._transmit, []
         return out
 
@@ -625,6 +641,7 @@ class ReplicaSync(Generic[Peer]):
         if now - neighbour.frontier_at < FRONTIER_PAUSE:
             return
         neighbour.frontier_at = now
+        neighbour.behind = False
         full = neighbour.fruitless >= FRUITLESS
         neighbour.fruitless = 0 if full else neighbour.fruitless + 1
         tips = []
@@ -645,12 +662,7 @@ class ReplicaSync(Generic[Peer]):
                 size += len(entries[-1].op.encoded)
             neighbour.batch += 1
             neighbour.in_flight[neighbour.batch] = entries
-            self._send(peer, Kind.OPERATIONS, neighbour.batch, [entry.op.encoded for entry in entries])
-
-
-def decode_operations_untrusted(message: Message, space: bytes) -> list[Operation]:
-    """The operations of an OPERATIONS message, their signatures not checked yet."""
-    return [Operation.decode_untrusted(data, space) for data in message.fields[1]]
+            self._send(peer, Kind.OPERATIONS, neighbour.batch, write_row([entry.op for entry in entries]))
 
 
 def _batches(operations: Sequence[Operation]) -> Iterable[tuple[int, int]]:

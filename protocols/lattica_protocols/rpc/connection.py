@@ -574,7 +574,7 @@ class RpcConnection:
             raise RemoteProtocolError("an item on a call that does not stream this way")
         else:
             nbytes = len(head) + length
-            flow.receive_item_untrusted(nbytes)
+            flow.take_item_untrusted(nbytes)
             call.held += nbytes
             self._held += nbytes
         if length > self.limits.tail or self._held > self.limits.held or (tail is None and tail_id < 0):
@@ -592,7 +592,7 @@ class RpcConnection:
         if kind == CREDIT:
             if flow is None:
                 raise RemoteProtocolError("a CREDIT for a call that does not stream")
-            flow.receive_credit_untrusted(head, call.relayed)
+            flow.take_credit_untrusted(head, call.relayed)
             self._events.append((CREDIT, call, head, b""))
         elif kind == CANCEL:
             if call.outbound:

@@ -35,7 +35,7 @@ class Flow:
         self.send_items -= 1
         self.send_bytes -= nbytes
 
-    def receive_credit_untrusted(self, head: bytes, relayed: bool) -> None:
+    def take_credit_untrusted(self, head: bytes, relayed: bool) -> None:
         """A CREDIT came. That of a relayed call is for the sender at the far end: it is checked, and not kept here."""
         if len(head) != CREDIT_HEAD.size:
             raise RemoteProtocolError("a CREDIT of a wrong length")
@@ -47,7 +47,7 @@ class Flow:
             self.send_bytes += nbytes
 
     # -- the peer sends ----------------------------------------------------------------------------
-    def receive_item_untrusted(self, nbytes: int) -> None:
+    def take_item_untrusted(self, nbytes: int) -> None:
         """An ITEM of `nbytes` (head + tail) came."""
         if self.remote_ended or self.receive_items <= 0 or self.receive_bytes <= 0:
             raise RemoteProtocolError("an item without credit, or after the end")

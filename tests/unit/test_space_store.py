@@ -1,0 +1,114 @@
+"""Spaces on disk: databases of earlier versions are read, damaged rows are seen, a failed write leaves a sound row."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+from replica_members import deliver, genesis, member, put
+
+from lattica.errors import ConfigError, StorageError
+from lattica.replica.store import VERSION, SpaceStore
+from lattica_protocols.errors import RemoteProtocolError
+from lattica_protocols.replica.operation import Operation
+from lattica_protocols.replica.replica import Replica
+
+SPACE = genesis()
+
+VERSION_2 = """
+CREATE TABLE spaces (number INTEGER PRIMARY KEY, space BLOB NOT NULL UNIQUE, genesis BLOB NOT NULL,
+    instance INTEGER NOT NULL);
+CREATE TABLE operations (place INTEGER PRIMARY KEY, start INTEGER NOT NULL, "end" INTEGER NOT NULL,
+    data BLOB NOT NULL);
+CREATE TABLE forks (number INTEGER NOT NULL, author BLOB NOT NULL, first BLOB NOT NULL,
+    second BLOB NOT NULL, PRIMARY KEY (number, author)) WITHOUT ROWID;
+CREATE TABLE checkpoints (number INTEGER PRIMARY KEY, data BLOB NOT NULL);
+CREATE TABLE snapshots (number INTEGER PRIMARY KEY, n INTEGER NOT NULL, state BLOB NOT NULL);
+CREATE TABLE lost (number INTEGER NOT NULL, data BLOB NOT NULL);
+CREATE TABLE signed (number INTEGER PRIMARY KEY, header BLOB NOT NULL);
+PRAGMA user_version = 2;
+"""
+
+
+def edits(replica: Replica, first: int, last: int) -> list[Operation]:
+    return [put(replica, f"k{number % 5}", number) for number in range(first, last)]
+
+
+def saved(replica: Replica, store: SpaceStore) -> None:
+    store.save(SPACE.id, replica.take_unsaved())
+
+
+def loaded(store: SpaceStore) -> Replica:
+    (stored,) = store.load()
+    replica = member(0, SPACE)
+    replica.load(stored.operations, stored.forks, stored.snapshot)
+    return replica
+
+
+def test_a_database_of_the_version_before_is_read_and_written_on(tmp_path: Path) -> None:
+    owner, a = member(0, SPACE), member(1, SPACE)
+    deliver(a, *edits(owner, 0, 20))
+    deliver(owner, *edits(a, 20, 25))
+    with sqlite3.connect(tmp_path / "spaces.db") as old:
+        old.executescript(VERSION_2)
+        old.execute("INSERT INTO spaces VALUES (1, ?, ?, 7)", (SPACE.id, SPACE.encode()))
+        rows = [(1 << 40 | n, e.start, e.end, e.op.encoded) for n, e in enumerate(owner.graph.counted())]
+        old.executemany("INSERT INTO operations VALUES (?, ?, ?, ?)", rows)
+    old.close()
+    with SpaceStore.open(tmp_path) as store:
+        replica = loaded(store)
+        assert replica.root() == owner.root()
+        assert replica.verify().ok
+        edits(replica, 30, 40)
+        saved(replica, store)
+    with SpaceStore.open(tmp_path) as store:
+        again = loaded(store)
+        assert again.root() == replica.root()
+        assert again.value() == replica.value()
+        assert again.verify().ok
+
+
+def test_a_database_of_a_later_version_is_refused_in_one_line(tmp_path: Path) -> None:
+    SpaceStore.open(tmp_path).close()
+    with sqlite3.connect(tmp_path / "spaces.db") as later:
+        later.execute(f"PRAGMA user_version = {VERSION + 1}")
+    later.close()
+    with pytest.raises(ConfigError, match=r"newer version of lattica \(schema"):
+        SpaceStore.open(tmp_path)
+
+
+def test_rows_go_on_after_restarts_and_failed_writes(tmp_path: Path) -> None:
+    owner = member(0, SPACE)
+    with SpaceStore.open(tmp_path) as store:
+        store.add(SPACE, 7)
+        edits(owner, 0, 3)
+        saved(owner, store)
+        edits(owner, 3, 6)
+        unsaved = owner.take_unsaved()
+        condition = "BEFORE INSERT ON operations WHEN NEW.place % 8 = 4"
+        store._connection.execute(f"CREATE TRIGGER fails {condition} BEGIN SELECT RAISE(ABORT, ''); END")
+        with pytest.raises(StorageError):
+            store.save(SPACE.id, unsaved)
+        store._connection.execute("DROP TRIGGER fails")
+        store.save(SPACE.id, unsaved)
+        assert loaded(store).root() == owner.root()
+    with SpaceStore.open(tmp_path) as store:
+        replica = loaded(store)
+        edits(replica, 6, 9)
+        saved(replica, store)
+        assert loaded(store).root() == replica.root()
+
+
+@pytest.mark.parametrize("place", [0, 4, 9])
+def test_a_bit_that_changed_in_a_row_is_seen(tmp_path: Path, place: int) -> None:
+    owner = member(0, SPACE)
+    with SpaceStore.open(tmp_path) as store:
+        store.add(SPACE, 7)
+        edits(owner, 0, 10)
+        saved(owner, store)
+        (data,) = store._connection.execute("SELECT data FROM operations LIMIT 1 OFFSET ?", (place,)).fetchone()
+        changed = data[:-40] + bytes([data[-40] ^ 1]) + data[-39:]
+        store._connection.execute("UPDATE operations SET data = ? WHERE data = ?", (changed, data))
+        with pytest.raises(RemoteProtocolError):
+            loaded(store)
