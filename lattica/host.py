@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 import trio
 
 from lattica.dialer import dial_first, order_addresses
-from lattica.errors import ConnectError, ConnectionLost, DialError, LatticaError, NoAddresses, PathLost, WrongPeer
+from lattica.errors import ConnectError, ConnectionLost, DialError, LatticaError, NoAddresses, WrongPeer
 from lattica.interfaces import Connection, Listener, Stream, StreamClass, Transport
 from lattica.listen_addrs import expand_wildcards
 from lattica.negotiate import LazyStream, RefusalPace, accept_protocol, select_protocol
@@ -389,8 +389,8 @@ class Host:
         finally:
             connection.abort()
             session.connections.remove(connection)
-            if isinstance(connection.close_error, PathLost):
-                session.path_lost()
+            if isinstance(connection.close_error, ConnectionLost):
+                session.path_lost()  # without a goodbye: it was the network, or the peer's process died
             if not session.connections and self._sessions.get(session.peer_id) is session:
                 del self._sessions[session.peer_id]
                 self.peerstore.unpin(session.peer_id)
