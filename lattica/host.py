@@ -80,7 +80,12 @@ class SelfChanged:
     """Our own addresses or protocols changed: connected peers should hear of it."""
 
 
-HostEvent = PeerConnected | PeerDisconnected | PeerIdentified | SelfChanged
+@dataclass(frozen=True, slots=True)
+class NetworkChanged:
+    """We are in another network, or others see us at a new address: what failed before may work now."""
+
+
+HostEvent = PeerConnected | PeerDisconnected | PeerIdentified | SelfChanged | NetworkChanged
 
 
 class Host:
@@ -467,6 +472,10 @@ class Host:
     def addrs_changed(self) -> None:
         """Where we can be reached changed: tell the services, and connected peers by them."""
         self._publish(SelfChanged())
+
+    def network_changed(self) -> None:
+        """Tell the services that what failed may work now."""
+        self._publish(NetworkChanged())
 
     def publish_identified(self, peer: PeerId, info: PeerInfo) -> None:
         """Identify learnt something about `peer`."""

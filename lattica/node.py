@@ -236,6 +236,7 @@ class Node:
         for connection in self.host.connections():
             connection.doubt()
         self.host.addrs_changed()
+        self.host.network_changed()
         self.host.nursery.start_soon(self.identify.ask_again)
         self.host.nursery.start_soon(self._drop_stranded)
 
