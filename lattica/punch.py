@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from lattica.transports.quic_engine import Address
     from lattica.transports.tcp import TcpTransport
     from lattica_protocols.multiaddr import Multiaddr
+    from lattica_protocols.nat.behaviour import NatBehaviour
     from lattica_protocols.peer_id import PeerId
 
 log = logging.getLogger("lattica.punch")
@@ -93,6 +94,8 @@ class PunchReport:
     errors: list[str] = field(default_factory=list)
     guesses: list[Guess] = field(default_factory=list)
     """Attempts for which ports were guessed, the newest last."""
+    partner: NatBehaviour | None = None
+    """What the partner said that its NATs do."""
     technique: str = ""
     """What the direct connection came of: "dial", or that of a punch."""
     result: str = ""
@@ -296,6 +299,7 @@ class HolePuncher:
     def _guessing(self, peer: PeerId, guess: Guess) -> None:
         report = self.reports.get(peer) or self._report(peer)
         report.guesses = [*report.guesses[-7:], guess]
+        report.partner = guess.partner
 
     async def _answer(self, stream: Stream) -> None:
         """A's part."""
@@ -364,6 +368,7 @@ class HolePuncher:
         """Everything at once. Whether there is a direct connection afterwards."""
         peer, partner, is_client = relayed.peer_id, exchange.partner, not exchange.initiator
         assert partner is not None
+        report.partner = partner.nat
         targets = self._targets(relayed, exchange)
         if exchange.guess is Technique.PREDICT:
             return self._is_direct(peer)  # each new flow of ours would move the ports on that are to be predicted
