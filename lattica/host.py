@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 import trio
 
 from lattica.dialer import dial_first, order_addresses
-from lattica.errors import ConnectError, ConnectionLost, DialError, LatticaError, NoAddresses, PathLost, WrongPeer
+from lattica.errors import ConnectError, ConnectionLost, DialError, LatticaError, NoAddresses, WrongPeer
 from lattica.interfaces import Connection, Listener, Stream, StreamClass, Transport
 from lattica.listen_addrs import expand_wildcards
 from lattica.negotiate import LazyStream, RefusalPace, accept_protocol, select_protocol
@@ -83,7 +83,12 @@ class SelfChanged:
     """Our own addresses or protocols changed: connected peers should hear of it."""
 
 
-HostEvent = PeerConnected | PeerDisconnected | PeerIdentified | SelfChanged
+@dataclass(frozen=True, slots=True)
+class NetworkChanged:
+    """We are in another network, or others see us at a new address: what failed before may work now."""
+
+
+HostEvent = PeerConnected | PeerDisconnected | PeerIdentified | SelfChanged | NetworkChanged
 
 
 class Host:
@@ -418,8 +423,8 @@ class Host:
         finally:
             connection.abort()
             session.connections.remove(connection)
-            if isinstance(connection.close_error, PathLost):
-                session.path_lost()
+            if isinstance(connection.close_error, ConnectionLost):
+                session.path_lost()  # without a goodbye: it was the network, or the peer's process died
             if not session.connections and self._sessions.get(session.peer_id) is session:
                 del self._sessions[session.peer_id]
                 self.peerstore.unpin(session.peer_id)
@@ -496,6 +501,10 @@ class Host:
     def addrs_changed(self) -> None:
         """Where we can be reached changed: tell the services, and connected peers by them."""
         self._publish(SelfChanged())
+
+    def network_changed(self) -> None:
+        """Tell the services that what failed may work now."""
+        self._publish(NetworkChanged())
 
     def publish_identified(self, peer: PeerId, info: PeerInfo) -> None:
         """Identify learnt something about `peer`."""

@@ -222,6 +222,9 @@ class Connection(ABC):
     def unexpect(self, waits: Callable[[], bool]) -> None:  # noqa: B027
         """Ask `waits` no more. Does nothing when it is not asked."""
 
+    def keep_up(self, every: float) -> None:  # noqa: B027
+        """Let no more than `every` seconds pass in silence while nobody waits for the peer. 25 until this is called."""
+
     def doubt(self) -> None:
         """Something suggests that the path is dead: others are preferred until the peer is heard again. It is asked
         for a sign of life."""

@@ -37,7 +37,7 @@ from lattica.peerstore import PERMANENT, PeerInfo
 from lattica.ping import PingService
 from lattica.portmap import PortMapService
 from lattica.punch import HolePuncher
-from lattica.reach import DialServer, InterfaceWatch, ObservedAddresses, ReachService
+from lattica.reach import DialServer, InterfaceWatch, KeepAlives, ObservedAddresses, ReachService
 from lattica.relay import RelayClient, RelayServer
 from lattica.relay.client import RELAY_KEY
 from lattica.relay.need import watch_need
@@ -169,6 +169,12 @@ class Node:
             self.punch.guess_with(self.nat_watch.nat)
         if self.nat is not None:
             self.nat.on_seen = self.observed.stun_answered
+        self.keep_alives = KeepAlives(
+            host, reached=self.reach.reached, nat=lambda: NatBehaviour() if self.nat is None else self.nat.behaviour
+        )
+        self.reach.on_known = self.keep_alives.update
+        if self.nat_watch is not None:
+            self.nat_watch.on_known = self.keep_alives.update
         self.bootstrap = [Multiaddr.parse(text) for text in config.bootstrap]
 
     @property
@@ -234,6 +240,7 @@ class Node:
         for connection in self.host.connections():
             connection.doubt()
         self.host.addrs_changed()
+        self.host.network_changed()
         self.host.nursery.start_soon(self.identify.ask_again)
         self.host.nursery.start_soon(self._drop_stranded)
 
@@ -276,6 +283,7 @@ class Node:
             nursery.start_soon(self.observed.run)
             nursery.start_soon(self.reach.run)
             nursery.start_soon(self.interfaces.run)
+            nursery.start_soon(self.keep_alives.run)
             nursery.start_soon(self._map_ports)
             if self.mdns is not None:
                 nursery.start_soon(self._find_neighbours, self.mdns)

@@ -30,22 +30,25 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from lattica.early_punch import EarlyPunch
 from lattica.errors import ConnectError, LatticaError
-from lattica.host import PeerConnected, PeerDisconnected
+from lattica.host import NetworkChanged, PeerConnected, PeerDisconnected, PeerIdentified
 from lattica.listen_addrs import interface_networks
 from lattica.nat.guesser import Guess, PortGuesser
 from lattica.negotiate import LazyStream
+from lattica.retry import Retry
 from lattica_protocols import dcutr
 from lattica_protocols.dcutr import PROTOCOL_ID, PunchBudget, PunchExchange, Target, choose_targets, is_local
 from lattica_protocols.errors import ProtocolError
 from lattica_protocols.limits import DCUTR_MAX_MESSAGE_BYTES, PUNCH_ANSWERS_PER_MINUTE, PUNCH_ATTEMPTS, PUNCH_QUIC_DIAL
 from lattica_protocols.nat.behaviour import Ports
 from lattica_protocols.nat.punch_plan import Technique
+from lattica_protocols.paths.retry import PUNCH_PAUSES
 
 if TYPE_CHECKING:
     from lattica.host import Host
@@ -56,6 +59,7 @@ if TYPE_CHECKING:
     from lattica.transports.quic_engine import Address
     from lattica.transports.tcp import TcpTransport
     from lattica_protocols.multiaddr import Multiaddr
+    from lattica_protocols.nat.behaviour import NatBehaviour
     from lattica_protocols.peer_id import PeerId
 
 log = logging.getLogger("lattica.punch")
@@ -73,8 +77,6 @@ TCP_PAUSE: Final = 0.1
 OPENING_HOPS: Final = 2
 """Hop limit of the opening datagram: it passes our own box and dies at the next router. Behind two NATs of our own it
 opens the first only."""
-RETRY_SECONDS: Final = (60.0, 900.0)
-"""Until the next round while the relayed connection stays: doubling from the first to the second."""
 RELAYED_LINGER: Final = 10.0
 """Seconds after which an unused relayed connection is closed when a direct one is up."""
 MAX_CANDIDATES: Final = 16
@@ -95,6 +97,8 @@ class PunchReport:
     """Addresses that the peer named in the newest attempt, and at which nobody sees it."""
     guesses: list[Guess] = field(default_factory=list)
     """Attempts for which ports were guessed, the newest last."""
+    partner: NatBehaviour | None = None
+    """What the partner said that its NATs do."""
     technique: str = ""
     """What the direct connection came of: "dial", or that of a punch."""
     result: str = ""
@@ -132,6 +136,8 @@ class HolePuncher:
         self._direct: dict[PeerId, trio.Event] = {}
         self._upgrading: dict[PeerId, Connection] = {}
         """The relayed connections that are to be left."""
+        self._resting: dict[PeerId, tuple[Retry, frozenset[Multiaddr]]] = {}
+        """Until the next round, and where the peer was said to be in the last one."""
         self._answering: dict[PeerId, trio.CancelScope] = {}
         self._answered: OrderedDict[PeerId, list[float]] = OrderedDict()
         self._expected: dict[bytes, Callable[[Address], None]] = {}
@@ -176,6 +182,8 @@ class HolePuncher:
                     self._consider(event.connection, nursery)
                 elif isinstance(event, PeerDisconnected):
                     self._direct.pop(event.peer, None)
+                elif isinstance(event, PeerIdentified | NetworkChanged):
+                    self._heard_news(event)
 
     def _consider(self, connection: Connection, nursery: trio.Nursery) -> None:
         """A connection is up."""
@@ -183,8 +191,10 @@ class HolePuncher:
         if connection.path != "relay":
             self._direct.pop(peer, trio.Event()).set()
             self._tell_direct(connection)
-            nursery.start_soon(self._leave_relays, peer, connection)
-        elif not self._is_direct(peer) and ((other := self._upgrading.get(peer)) is None or other.closed.is_set()):
+            nursery.start_soon(self._leave_relays, connection, nursery)
+        elif (direct := self._direct_connection(peer)) is not None:
+            nursery.start_soon(self._leave_relays, direct, nursery)
+        elif (other := self._upgrading.get(peer)) is None or other.closed.is_set():
             self._upgrading[peer] = connection
             nursery.start_soon(self._upgrade, connection)
 
@@ -192,7 +202,7 @@ class HolePuncher:
     async def _upgrade(self, relayed: Connection) -> None:
         """Rounds of attempts until there is a direct connection, or the relayed one is gone."""
         peer = relayed.peer_id
-        pause = RETRY_SECONDS[0]
+        retry = Retry(PUNCH_PAUSES, self._rng)
         report = self._report(peer)
         first = True
         try:
@@ -206,15 +216,33 @@ class HolePuncher:
                 first = False
                 if self._is_direct(peer):
                     return
-                with trio.move_on_after(pause * self._rng.uniform(0.75, 1.25)):
-                    async with trio.open_nursery() as nursery:
-                        nursery.start_soon(_cancel_when, relayed.closed, nursery)
-                        await self._until_direct(peer)
-                        return
-                pause = min(2 * pause, RETRY_SECONDS[1])
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(_cancel_when, relayed.closed.wait, nursery)
+                    nursery.start_soon(_cancel_when, partial(self._until_direct, peer), nursery)
+                    await self._rest(peer, retry)
+                    nursery.cancel_scope.cancel()
+                if self._is_direct(peer):
+                    return
         finally:
             if self._upgrading.get(peer) is relayed:
                 del self._upgrading[peer]
+
+    async def _rest(self, peer: PeerId, retry: Retry) -> None:
+        """Until the next round: sooner when either side's network changes."""
+        self._resting[peer] = retry, frozenset(self._host.peerstore.addrs(peer))
+        try:
+            await retry.rest()
+        finally:
+            del self._resting[peer]
+
+    def _heard_news(self, event: PeerIdentified | NetworkChanged) -> None:
+        """Of our own network, or by identify of the partner's."""
+        for peer, (retry, known) in self._resting.items():
+            if isinstance(event, PeerIdentified) and (
+                event.peer != peer or known.issuperset(self._host.peerstore.addrs(peer))
+            ):
+                continue
+            retry.news()
 
     def _tell_direct(self, connection: Connection) -> None:
         """Into the report: the first direct connection."""
@@ -296,6 +324,7 @@ class HolePuncher:
     def _guessing(self, peer: PeerId, guess: Guess) -> None:
         report = self.reports.get(peer) or self._report(peer)
         report.guesses = [*report.guesses[-7:], guess]
+        report.partner = guess.partner
 
     async def _answer(self, stream: Stream) -> None:
         """A's part."""
@@ -361,6 +390,7 @@ class HolePuncher:
         """Everything at once. Whether there is a direct connection afterwards."""
         peer, partner, is_client = relayed.peer_id, exchange.partner, not exchange.initiator
         assert partner is not None
+        report.partner = partner.nat
         targets = self._targets(relayed, exchange)
         if exchange.guess is Technique.PREDICT:
             return self._is_direct(peer)  # each new flow of ours would move the ports on that are to be predicted
@@ -543,22 +573,34 @@ class HolePuncher:
 
     # -- state --------------------------------------------------------------------------------------------
     def _is_direct(self, peer: PeerId) -> bool:
-        return any(c.path != "relay" for c in self._host.connections(peer))
+        return self._direct_connection(peer) is not None
+
+    def _direct_connection(self, peer: PeerId) -> Connection | None:
+        direct = (c for c in self._host.connections(peer) if c.path != "relay" and not c.closed.is_set())
+        return next(direct, None)
 
     async def _until_direct(self, peer: PeerId) -> None:
         if not self._is_direct(peer):
             await self._direct.setdefault(peer, trio.Event()).wait()
 
-    async def _leave_relays(self, peer: PeerId, direct: Connection) -> None:
-        """Close relayed connections with `peer` when nothing runs on them any more."""
+    async def _leave_relays(self, direct: Connection, nursery: trio.Nursery) -> None:
+        """Close relayed connections with the peer when nothing runs on them any more; when the direct one is lost
+        before, look for another."""
+        peer = direct.peer_id
         while not direct.closed.is_set():
-            await trio.sleep(RELAYED_LINGER)
-            relayed = [c for c in self._host.connections(peer) if c.path == "relay"]
-            if not relayed or direct.closed.is_set():
+            with trio.move_on_after(RELAYED_LINGER):
+                await direct.closed.wait()
+                break
+            if not self._relayed(peer):
                 return
-            for connection in relayed:
+            for connection in self._relayed(peer):
                 if connection.stream_count() == 0:
                     await connection.aclose()
+        for connection in self._relayed(peer):
+            self._consider(connection, nursery)
+
+    def _relayed(self, peer: PeerId) -> list[Connection]:
+        return [c for c in self._host.connections(peer) if c.path == "relay" and not c.closed.is_set()]
 
     def _report(self, peer: PeerId) -> PunchReport:
         report = self.reports.get(peer)
@@ -570,8 +612,8 @@ class HolePuncher:
         return report
 
 
-async def _cancel_when(event: trio.Event, nursery: trio.Nursery) -> None:
-    await event.wait()
+async def _cancel_when(happened: Callable[[], Awaitable[None]], nursery: trio.Nursery) -> None:
+    await happened()
     nursery.cancel_scope.cancel()
 
 

@@ -1,8 +1,8 @@
 """All connections with one peer, and which of them a new stream should take.
 
 Bulk takes direct TCP when there is one; calls take the direct path with the lowest round-trip time. A relayed
-path is used only while no direct one is up. A path that fell silent casts doubt on the others with the same
-peer, which share most of the way: those are used last until the peer is heard on them.
+path is used only while no direct one is up. A path that fell silent or broke casts doubt on the others with the
+same peer, which share most of the way: those are used last until the peer is heard on them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Session:
         """When TCP may be tried (again) for bulk, by the clock of trio."""
 
     def path_lost(self) -> None:
-        """A connection with the peer fell silent."""
+        """A connection with the peer fell silent, or ended without a goodbye."""
         for connection in self.connections:
             connection.doubt()
 

@@ -43,6 +43,9 @@ def nat(
                 for p in data["peers"]
             ]
             table(("peer", "path", "attempts", "result", "by", "tried"), rows, empty="")
+            for p in data["peers"]:
+                if p["why"]:
+                    say(f"{p['peer_id']} is relayed: {p['why']}")
 
     state.emit(data, human)
 
@@ -79,7 +82,7 @@ def _verdict(data: dict[str, Any]) -> list[tuple[str, str]]:
         choice += f" {ports['low']} to {ports['high']}"
     lines = [
         ("reachable", f"{data['reachability']}: {data['reachability_detail']}"),
-        ("mapping", "not known: UDP is blocked" if data["udp_blocked"] else data["mapping"]),
+        ("mapping", "not known: UDP is blocked" if data["udp_blocked"] else _mapping(data)),
         ("filtering", data["filtering"]),
         ("ports", choice),
         ("hairpin", {True: "yes", False: "no", None: "not known"}[data["hairpin"]]),
@@ -89,6 +92,11 @@ def _verdict(data: dict[str, Any]) -> list[tuple[str, str]]:
         ("relays", ", ".join(data["reservations"]) or "none"),
     ]
     return lines + [("because", line) for line in data["evidence"]]
+
+
+def _mapping(data: dict[str, Any]) -> str:
+    doubt = "" if data["certain"] or data["mapping"] == "unknown" else " (fewer than three observers say so)"
+    return f"{data['mapping']}{doubt}"
 
 
 def _port_mapping(data: dict[str, Any]) -> str:

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from lattica.transports.quic import QuicTransport
     from lattica.transports.quic_endpoint import Endpoint
     from lattica_protocols.multiaddr import Multiaddr
+    from lattica_protocols.nat.behaviour import NatBehaviour
     from lattica_protocols.nat.punch_plan import PunchPlan
     from lattica_protocols.peer_id import PeerId
     from lattica_protocols.stun import SocketAddr
@@ -82,6 +83,8 @@ class Guess:
     """Where the partner is on the path that was found."""
     error: str = ""
     """Why there is no direct path."""
+    partner: NatBehaviour | None = None
+    """What the partner said that its NATs do."""
 
     def __str__(self) -> str:
         part = {True: ", many sockets", False: ", many ports"}[self.opened_sockets]
@@ -214,6 +217,7 @@ class PortGuesser:
         assert exchange.technique is not None
         peer, started = relayed.peer_id, trio.current_time()
         guess = Guess(exchange.technique, exchange.opens and exchange.technique is Technique.BIRTHDAY)
+        guess.partner = None if exchange.partner is None else exchange.partner.behaviour
         self.on_guess(peer, guess)
         plan = exchange.plan(self._proven(relayed), opener_ttl=self._opening_hops() or None, opener_wait=OPENER_WAIT)
         towards, most = _towards(plan), most_probes(plan)

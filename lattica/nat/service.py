@@ -23,7 +23,7 @@ from lattica.listen_addrs import interface_ips
 from lattica.nat.runner import DatagramMachine, MachineRun, plain_address
 from lattica.nat.udp_port import UdpPort
 from lattica.transports.quic_engine import Address
-from lattica_protocols.nat.behaviour import NatBehaviour, Ports
+from lattica_protocols.nat.behaviour import Filtering, NatBehaviour, Ports
 from lattica_protocols.nat.discovery import BehaviourKnown, Discovery, Observer
 from lattica_protocols.nat.punch_plan import Side
 from lattica_protocols.nat.sampler import SAMPLES, PortSampler, Sampled
@@ -87,9 +87,9 @@ class NatService:
         def on_event(event: object) -> bool:
             assert isinstance(event, BehaviourKnown)
             last[:] = [event]
-            self.behaviour = event.behaviour
+            self.behaviour = _until_known(event.behaviour, before)
             if not Side(before, ()).is_easy and before.public_ip == event.behaviour.public_ip:
-                self.behaviour = replace(event.behaviour, allocation=before.allocation)  # until it is sampled below
+                self.behaviour = replace(self.behaviour, allocation=before.allocation)  # until it is sampled below
             on_known(event)
             return event.final
 
@@ -299,6 +299,14 @@ class NatService:
             except OSError:
                 return None
             return plain_address(probe.getsockname())[0]
+
+
+def _until_known(now: NatBehaviour, before: NatBehaviour) -> NatBehaviour:
+    """What is looked at again is as it was before, for the two seconds that takes."""
+    if now.public_ip != before.public_ip or now.mapping is not before.mapping:
+        return now
+    filtering = before.filtering if now.filtering is Filtering.UNKNOWN else now.filtering
+    return replace(now, filtering=filtering, hairpin=before.hairpin if now.hairpin is None else now.hairpin)
 
 
 def _address_in(source: bytes | None, family: socket.AddressFamily) -> str | None:

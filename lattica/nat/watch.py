@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -49,6 +49,8 @@ class NatWatch:
         self._servers = servers
         self._wakeup = trio.Event()
         self.asked = 0
+        self.on_known: Callable[[], None] = lambda: None
+        """Called after each discovery."""
         self._own_routers = 0
         """How many routers with private addresses are in front of us, as far as they answered."""
         self._traced = False
@@ -110,6 +112,7 @@ class NatWatch:
             log.debug("discovery_failed error=%s", error)
         else:
             self.asked = len(observers)
+            self.on_known()
             if not self._traced and self.behaviour.mapping is not Mapping.NONE:
                 routers = await trace_routers(observers[0].addr)
                 self._own_routers = max(self._own_routers, own_routers(routers))

@@ -109,6 +109,8 @@ class ObservedAddresses:
         if set(self.addrs()) != before:
             log.info("observed_addrs addrs=%s", " ".join(map(str, self.addrs())) or "none")
             self._host.addrs_changed()
+            if not set(self.addrs()) <= before:
+                self._host.network_changed()
 
 
 def _socket_of(connection: Connection, bound: list[Multiaddr]) -> Multiaddr | None:

@@ -31,6 +31,8 @@ from lattica_protocols.limits import AUTONAT_MAX_MESSAGE_BYTES
 from lattica_protocols.nat.scope import is_local, voice_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lattica.host import Host
     from lattica.interfaces import Connection, Stream
     from lattica_protocols.autonat.exchange import Answer
@@ -64,6 +66,8 @@ class ReachService:
     def __init__(self, host: Host) -> None:
         self.asked = 0
         """Questions so far."""
+        self.on_known: Callable[[], None] = lambda: None
+        """Called when a verdict on an address has changed."""
         self.paid_bytes = 0
         """Data sent so that servers dial other IP addresses than the one they see us at."""
         self._host = host
@@ -76,6 +80,10 @@ class ReachService:
     def verdicts(self) -> dict[Multiaddr, Verdict]:
         """Of each address that is tried."""
         return self._tracker.verdicts()
+
+    def reached(self) -> list[Multiaddr]:
+        """Addresses at which strangers reach us."""
+        return [addr for addr, verdict in self.verdicts().items() if verdict == "public"]
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -188,6 +196,7 @@ class ReachService:
         if self._tracker.answered(question, outcome, trio.current_time()):
             verdict = self._tracker.known(question.addr)
             log.info("reach_known addr=%s verdict=%s", question.addr, verdict)
+            self.on_known()
         self._apply()
 
     async def _exchange(self, question: Question, nonce: int) -> Answer:

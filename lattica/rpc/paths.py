@@ -14,15 +14,18 @@ is not high enough, with the one to exceed as call id.
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from lattica.errors import LatticaError
+from lattica.retry import Retry
 from lattica.rpc.peer_channel import SILENT_SECONDS, PeerChannel
 from lattica_protocols.errors import ProtocolError, RemoteProtocolError
 from lattica_protocols.limits import RPC_MAX_SUSPENDED
+from lattica_protocols.paths.retry import MOVE_PAUSES
 from lattica_protocols.rpc.frames import (
     CONNECTION_LOST,
     ERROR,
@@ -66,9 +69,12 @@ class SessionPaths:
 
     def __init__(self, host: Host, find: FindSession) -> None:
         self._host = host
+        self._rng = random.Random(host.rng.getrandbits(64))
         self._find = find
         self._suspended: dict[PeerChannel, None] = {}
         """In the order in which they lost their paths."""
+        self._leaving: dict[PeerChannel, Retry] = {}
+        """Sessions that are to leave a relay."""
 
     # -- this side ----------------------------------------------------------------------------------------
     async def reopen(self, channel: PeerChannel) -> None:
@@ -112,7 +118,34 @@ class SessionPaths:
                 await channel.ready()
             pause = min(2 * pause, PAUSE_SECONDS[1])
 
-    async def move(self, channel: PeerChannel, connection: Connection) -> None:
+    async def leave_relay(self, channel: PeerChannel) -> None:
+        """Take a session to a direct path: again and again, for as long as there is one and it is not on it."""
+        if channel in self._leaving:
+            self._leaving[channel].news()
+            return
+        retry = self._leaving[channel] = Retry(MOVE_PAUSES, self._rng)
+        try:
+            while (direct := self._better(channel)) is not None:
+                await self._move(channel, direct)
+                if self._better(channel) is None:
+                    return
+                await retry.rest()
+        finally:
+            del self._leaving[channel]
+
+    def network_changed(self) -> None:
+        """What failed may work now."""
+        for retry in self._leaving.values():
+            retry.news()
+
+    def _better(self, channel: PeerChannel) -> Connection | None:
+        """The direct connection that a session which goes over a relay should be on."""
+        if channel.closed.is_set() or channel.machine.going_away or channel.stream.connection.path != "relay":
+            return None
+        best = self._host.connection(channel.peer)
+        return best if best is not None and best.path != "relay" else None
+
+    async def _move(self, channel: PeerChannel, connection: Connection) -> None:
         """Take a session that works from a relay to `connection`."""
         await channel.greeted.wait()
         if channel.closed.is_set() or channel.machine.suspended:

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import trio
 
 from lattica.errors import DeadlineExceeded
-from lattica.host import PeerConnected
-from lattica.interfaces import Connection, Stream
+from lattica.host import NetworkChanged, PeerConnected
+from lattica.interfaces import Stream
 from lattica.rpc.batch import BatchingTurn
 from lattica.rpc.buffers import POOLED_OVER, TailPool
 from lattica.rpc.channel import Channel, Speaker
@@ -210,9 +210,7 @@ class RpcService:
         machine = self._machine(initiator=True, session=session)
         channel = self._adopt(stream, machine, session, initiator=True)
         await self._host.nursery.start(self._run, channel)
-        direct = self._host.connection(channel.peer)
-        if direct is not None and direct.path != "relay":
-            self._leave_relay(channel, direct)  # it came up while the session was opened
+        self._leave_relay(channel)  # a direct path may have come up while the session was opened
         return channel
 
     async def _accept(self, stream: Stream) -> None:
@@ -277,6 +275,7 @@ class RpcService:
     def _resumed(self, channel: PeerChannel) -> None:
         if not channel.machine.going_away:
             self._channels.setdefault(channel.peer, channel)
+            self._leave_relay(channel)
 
     async def _follow_paths(self) -> None:
         """Leave relays behind: when a direct connection comes up, the initiator of each session takes it there."""
@@ -284,13 +283,16 @@ class RpcService:
             if isinstance(event, PeerConnected) and event.connection.path != "relay":
                 for channel in list(self._sessions.values()):
                     if channel.peer == event.peer:
-                        self._leave_relay(channel, event.connection)
+                        self._leave_relay(channel)
+            elif isinstance(event, NetworkChanged):
+                self._paths.network_changed()
 
-    def _leave_relay(self, channel: PeerChannel, direct: Connection) -> None:
-        if channel.stream.connection.path != "relay":
+    def _leave_relay(self, channel: PeerChannel) -> None:
+        direct = self._host.connection(channel.peer)
+        if direct is None or direct.path == "relay" or channel.stream.connection.path != "relay":
             return
         if channel.initiator:
-            channel.start(self._paths.move, channel, direct)
+            channel.start(self._paths.leave_relay, channel)
         elif channel.machine.peer is not None and channel.machine.resumption is None:
             channel.retire()
 

@@ -131,6 +131,7 @@ class MuxedConnection(Connection):
         self._sealer, self._opener = ciphers
         self._memory = memory
         self._pace = pace
+        self._heartbeat = Heartbeat(self.opened_at, pace)
         self._waits: list[Callable[[], bool]] = []
         self._watch_scope: trio.CancelScope | None = None
         """Set while nobody waits for the peer and a write has to wake the watch."""
@@ -366,8 +367,7 @@ class MuxedConnection(Connection):
 
     async def _watch(self) -> None:
         """Measure the round trip, notice a dead path, reset streams that the peer never closes."""
-        session = self.session
-        heartbeat = Heartbeat(trio.current_time(), self._pace)
+        session, heartbeat = self.session, self._heartbeat
         measure_at = 0.0
         while not self.closed.is_set():
             now = trio.current_time()
@@ -390,10 +390,17 @@ class MuxedConnection(Connection):
                 await trio.sleep_forever()
             self._watch_scope = None
 
+    def keep_up(self, every: float) -> None:
+        self._heartbeat.keep_up(every, trio.current_time())
+        self._wake_watch()
+
     def doubt(self) -> None:
         super().doubt()
         self.session.ping(trio.current_time())
         self.wake_writer()
+        self._wake_watch()
+
+    def _wake_watch(self) -> None:
         if self._watch_scope is not None:
             self._watch_scope.cancel()
             self._watch_scope = None
@@ -529,8 +536,7 @@ class MuxedConnection(Connection):
                 pos = self._sealer.seal(out, pos, end - start)
         self._out, self._out_start, self._out_end = out, 0, pos
         if self._watch_scope is not None and session.data_sent != self._answered:
-            self._watch_scope.cancel()
-            self._watch_scope = None
+            self._wake_watch()
         if self._write_waiters:
             for entry in [entry for entry in self._write_waiters if entry[0].state.sent >= entry[1]]:
                 self._write_waiters.remove(entry)

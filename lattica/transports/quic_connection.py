@@ -10,7 +10,6 @@ PING every 25 s, or more often when the peer's idle timeout asks for it (Rust pe
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 from collections import deque
 from collections.abc import Callable
@@ -289,6 +288,11 @@ class QuicLink(Connection):
             self.engine.send_ping(0)
             self.mark_dirty()
 
+    def keep_up(self, every: float) -> None:
+        if self.established and not self._over:
+            self._keep_up(every, trio.current_time())
+            self.mark_dirty()
+
     def expect(self, waits: Callable[[], bool]) -> None:
         self._waits.append(waits)
 
@@ -301,6 +305,9 @@ class QuicLink(Connection):
         wanted = self.engine.awaits_acknowledgement or self.doubtful or any(waits() for waits in self._waits)
         self._quiet = not wanted
         return self._heartbeat.check(now, heard_at=self._last_received, wanted=wanted)
+
+    def _keep_up(self, every: float, now: float) -> None:
+        self._heartbeat.keep_up(min(every, KEEP_ALIVE_SHARE * self.engine.idle_timeout), now)
 
     def _check_alive(self) -> None:
         if self._over:
@@ -343,8 +350,8 @@ class QuicLink(Connection):
     def _establish(self, now: float) -> None:
         self.established = True
         self.opened_at = now
-        keep_alive = min(PACE.keep_alive, KEEP_ALIVE_SHARE * self.engine.idle_timeout)
-        self._heartbeat = Heartbeat(now, dataclasses.replace(PACE, keep_alive=keep_alive))
+        self._heartbeat = Heartbeat(now, PACE)
+        self._keep_up(PACE.keep_alive, now)
         self._mtu = self._new_mtu_search()
         self.settled.set()
         self._endpoint.handshake_over(self)

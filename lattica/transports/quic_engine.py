@@ -66,8 +66,9 @@ Address = tuple[str, int] | tuple[str, int, int, int]
 ALPN = "libp2p"
 MAX_DATAGRAM_BYTES = 16384
 """Larger ones exist on loopback only and cost more to lose."""
-IDLE_TIMEOUT_SECONDS = 75.0
-"""Ours: three keep-alives. The smaller of both sides' counts; Go uses 30 s, Rust 10 s."""
+IDLE_TIMEOUT_SECONDS = 750.0
+"""Ours: two and a half keep-alives of a path that needs few (300 s); a dead one is noticed by the heartbeat. The
+smaller of both sides' counts; Go uses 30 s, Rust 10 s."""
 RESET_TOKEN_BYTES = 16
 
 _INITIAL_DATAGRAM_BYTES = 1200

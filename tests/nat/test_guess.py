@@ -19,7 +19,7 @@ SOCKETS_CLOSED_SECONDS = 30.0
 
 @pytest.fixture(scope="module")
 def daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, LabDaemon]]:
-    """By kind of box."""
+    """By kind of box; `sym-2` is a second of one kind."""
     folder, lab = tmp_path_factory.mktemp("guess"), Lab()
     relays: list[LabDaemon] = []
     running: dict[str, LabDaemon] = {}
@@ -28,8 +28,9 @@ def daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, LabD
             known = [part for relay in relays for part in ("--bootstrap", relay.address())]
             relays.append(LabDaemon(lab.public_host(), folder / f"relay{i}", "--relay", *known, listen=RELAY_LISTEN))
         bootstrap = [part for relay in relays for part in ("--bootstrap", relay.address())]
-        for kind in ("symblk", "sym", *EASY):
-            running[kind] = LabDaemon(lab.host_behind(kind), folder / kind, *bootstrap, settings=NATTED)
+        for name in ("symblk", "sym", "sym-2", *EASY):
+            host = lab.host_behind(name.partition("-")[0])
+            running[name] = LabDaemon(host, folder / name, *bootstrap, settings=NATTED)
         for daemon in running.values():
             daemon.wait_reserved()
             wait_until(lambda d=daemon: d.json("nat")["mapping"] != "unknown", 30.0, daemon.process.log)  # type: ignore[misc]
@@ -87,3 +88,34 @@ def test_data_flows_meanwhile_and_the_sockets_are_closed(daemons: dict[str, LabD
         assert guess["probes"] <= 100 * guess["seconds"] + 20, "paced"
     assert pings
     hard.json("peer", "disconnect", easy.peer_id)
+
+
+def test_a_pair_without_a_chance_makes_quick_attempts_and_says_why(daemons: dict[str, LabDaemon]) -> None:
+    """Both take their ports at random, and several observers say so to each."""
+    one, other = daemons["sym"], daemons["sym-2"]
+    for each in (one, other):
+        wait_until(lambda each=each: each.json("nat")["certain"], 30.0, each.process.log)  # type: ignore[misc]
+    before = udp_sockets(one.host)
+    started = time.monotonic()
+    connect(one, other)
+
+    def tried() -> list[dict[str, Any]]:
+        guesses = [report(each, partner)["guesses"] for each, partner in ((one, other), (other, one))]
+        return guesses if all(g and not g[-1]["running"] for g in guesses) else []
+
+    wait_until(tried, 30.0, lambda: one.process.log() + other.process.log())
+    time.sleep(3.0)  # a birthday would follow, for 28 s
+    for guess in (guess for guesses in tried() for guess in guesses):
+        assert guess["technique"] == "simple"
+        assert guess["seconds"] < 3
+        assert guess["probes"] < 100
+    assert udp_sockets(one.host) <= before + 1
+    assert one.paths(other) == {"relay"}
+    why = report(one, other)["why"]
+    assert "both are certain" in why, why
+    assert "symmetric NAT: we are and the peer is" in why, why
+    (cause,) = [found for found in one.json("doctor", other.peer_id) if found["check"] == "cause"]
+    assert cause["detail"] == why
+    assert "UPnP" in cause["fix"]
+    assert time.monotonic() - started < 40
+    one.json("peer", "disconnect", other.peer_id)

@@ -238,6 +238,20 @@ def test_one_server_or_one_range_is_not_enough(seed: int, outcome: Outcome) -> N
         assert tracker.overall() == "unknown"
 
 
+@given(st.integers(0, 2**32))
+def test_who_cannot_settle_it_is_asked_ever_more_rarely(seed: int) -> None:
+    tracker = ReachTracker(random.Random(seed))
+    tracker.set_addrs([OURS], 0.0)
+    tracker.set_servers(servers(1), 0.0)
+    reached = dict.fromkeys(PEERS, Outcome.REACHED)
+    assert ask_for(tracker, 86_400.0, reached) < 60  # a day; every two minutes that would be 720
+    tracker.set_servers(servers(2), 86_400.0)
+    assert ask_for(tracker, 86_402.0, reached, 86_400.0) >= 1  # somebody new
+    assert tracker.overall() == "unknown" or tracker.known(OURS) == "public"
+    ask_for(tracker, 86_400.0 + 300.0, reached, 86_402.0)
+    assert tracker.known(OURS) == "public"
+
+
 def test_a_change_is_noticed_and_a_single_contradiction_is_not_one() -> None:
     tracker = ReachTracker(random.Random(3))
     tracker.set_addrs([OURS], 0.0)

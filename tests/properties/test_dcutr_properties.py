@@ -36,6 +36,7 @@ reports = st.builds(
     step=st.none() | st.integers(-(2**63), 2**63 - 1),
     last=numbers,
     udp_blocked=st.none() | st.booleans(),
+    certain=st.none() | st.booleans(),
 )
 messages = st.builds(
     PunchMessage,

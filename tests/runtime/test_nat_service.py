@@ -66,6 +66,11 @@ def test_peers_tell_each_other_how_they_look(run: Run) -> None:
             assert known.filtering is Filtering.ADDRESS_DEPENDENT, "loopback hosts have no second address to ask from"
             assert known.allocation.ports is Ports.PRESERVED
             assert not known.udp_blocked
+            assert known.certain
+            meanwhile: list[Filtering] = []
+            nat, observers = asking.nat, await asking.nat_watch.observers() if asking.nat_watch else []
+            await nat.discover(observers, on_known=lambda _: meanwhile.append(nat.behaviour.filtering))
+            assert set(meanwhile) == {Filtering.ADDRESS_DEPENDENT}, "what is looked at again is not forgotten meanwhile"
             for peer in peers:
                 assert peer.nat is not None
                 assert peer.nat.server.answered >= 2
@@ -99,7 +104,11 @@ def test_silence_means_blocked(run: Run) -> None:
             assert asking.nat is not None
             known = await asking.nat.discover([Observer((f"127.0.0.{i}", 9)) for i in range(5, 8)])
             assert known.udp_blocked
+            assert known.certain
             assert known.mapping is Mapping.UNKNOWN
+            few = await asking.nat.discover([Observer(("127.0.0.5", 9))])
+            assert few.udp_blocked
+            assert not few.certain
 
     run(main)
 

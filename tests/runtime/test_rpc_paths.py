@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -202,6 +203,44 @@ def test_streams_move_from_a_relay_to_a_direct_path_and_back(run_mocked: Run) ->
             await elapse(0.5)
             assert channel.stream.connection.path == "relay"
             assert pair.rpc.open_channel(pair.b.peer_id) is channel
+
+    run_mocked(main)
+
+
+@pytest.mark.parametrize("news", [False, True])
+def test_a_move_that_failed_is_tried_again(run_mocked: Run, news: bool) -> None:
+    """After ever longer pauses, and soon when the network changes; one call runs all the time."""
+
+    async def main() -> None:
+        async with open_pair() as pair, trio.open_nursery() as nursery:
+            for connection in pair.connections():
+                connection.path = "relay"
+            channel = pair.rpc.open_channel(pair.b.peer_id)
+            assert channel is not None
+            nursery.start_soon(pair.call, "echo", 1, None, 400)
+            direct = await pair.a.dial(pair.b.peer_id, pair.b.listen_addrs())
+            refused: list[float] = []
+            works, open_stream = trio.Event(), direct.open_stream
+
+            async def refuse() -> Any:
+                if works.is_set():
+                    return await open_stream()
+                refused.append(trio.current_time())
+                raise ConnectionLost("no streams now")
+
+            direct.open_stream = refuse  # type: ignore[method-assign]
+            await trio.sleep(300)
+            assert channel.stream.connection.path == "relay"
+            gaps = [later - before for before, later in itertools.pairwise(refused)]
+            assert gaps[0] < 1.5
+            assert all(0.74 * 2**i <= gap <= 1.26 * 2**i for i, gap in enumerate(gaps[:5]))
+            assert 44 < max(gaps) < 76
+            works.set()
+            if news:
+                pair.a.network_changed()
+            await trio.sleep(2.5 if news else 76)
+            assert channel.stream.connection.path == "memory"
+            await pair.call("echo", 2)
 
     run_mocked(main)
 

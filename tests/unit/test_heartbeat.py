@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lattica_protocols.paths.heartbeat import USUAL, Heartbeat, Pace, Verdict
+from lattica_protocols.paths.keep_alive import DIALLER_SECONDS, MAPPING_SECONDS
 
 ROUND_TRIP = 0.05
 
@@ -136,3 +137,39 @@ def test_a_path_nobody_needs_any_more_is_left_alone() -> None:
     path.run(20)
     assert path.dead_at is None
     assert path.probes == []
+
+
+def test_more_silence_is_granted_and_taken_back() -> None:
+    path = Path()
+    path.run(10)
+    path.machine.keep_up(300.0, path.now)
+    path.check()
+    path.run(290)
+    assert path.probes == []
+    path.machine.keep_up(22.0, path.now)  # there is a NAT after all: it is late already
+    path.check()
+    assert path.probes == [290.0]
+    path.run(400)
+    assert len(path.probes) == 1 + 4  # each 22 s after the answer to the one before
+    assert path.dead_at is None
+
+
+def test_a_path_that_rests_is_watched_as_soon_as_it_is_used() -> None:
+    path = Path(keep_alive=300.0)
+    path.run(100)
+    path.alive = False
+    path.want()
+    path.run(200)
+    assert path.dead_at is not None
+    assert path.dead_at <= 100 + USUAL.dead
+
+
+def test_only_the_one_who_dialled_asks() -> None:
+    """Both sides of one path need it kept up."""
+    dialler, other = Path(keep_alive=DIALLER_SECONDS), Path(keep_alive=MAPPING_SECONDS)
+    for end in range(5, 1000, 5):
+        dialler.run(float(end))
+        other.heard_at = max(dialler.heard_at, *dialler.probes, 0.0)
+        other.run(float(end))
+    assert len(dialler.probes) > 40
+    assert other.probes == []

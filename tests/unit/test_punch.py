@@ -25,6 +25,7 @@ from lattica_protocols.nat.punch_plan import (
     Side,
     Technique,
     choose_technique,
+    is_hopeless,
     plan_punch,
     search_range,
     should_open,
@@ -200,6 +201,26 @@ def test_no_technique_is_excluded(a: NatBehaviour) -> None:
     """A verdict may be wrong: a birthday follows wherever one side may be an easy one."""
     for b in (EASY, HARD, NatBehaviour()):
         assert techniques_to_try(a, b) == techniques_to_try(b, a)
+        assert BIRTHDAY in techniques_to_try(a, b)
+
+
+def test_what_is_certain_to_be_in_vain_is_not_tried_for_long() -> None:
+    sure = replace(HARD, certain=True)
+    blocked = NatBehaviour(udp_blocked=True, certain=True)
+    for a, b in ((sure, sure), (blocked, sure), (blocked, EASY), (blocked, NatBehaviour())):
+        assert is_hopeless(a, b)
+        assert is_hopeless(b, a)
+        assert techniques_to_try(a, b) == (Technique.SIMPLE,)
+    for a, b in (
+        (sure, HARD),  # one liar may have said so
+        (sure, replace(sure, filtering=Filtering.UNKNOWN)),
+        (sure, replace(sure, filtering=Filtering.ENDPOINT_INDEPENDENT)),
+        (sure, replace(EASY, certain=True)),
+        (sure, NatBehaviour()),
+        (NatBehaviour(udp_blocked=True), sure),
+    ):
+        assert not is_hopeless(a, b)
+        assert not is_hopeless(b, a)
         assert BIRTHDAY in techniques_to_try(a, b)
 
 

@@ -1,5 +1,6 @@
 """Reservations kept, renewed and replaced, on a clock of the test's own."""
 
+import itertools
 import random
 
 from lattica_protocols.limits import RELAY_MAX_CANDIDATES
@@ -139,3 +140,88 @@ def test_candidates_are_bounded_and_those_in_use_are_kept() -> None:
     assert keeper.held() == [peer(1)]
     keeper.withdraw(peer(1), 2.0)
     assert events(keeper) == [Reserve(peer(3 * RELAY_MAX_CANDIDATES - 1))]
+
+
+def searches(keeper: ReservationKeeper, now: float, until: float) -> list[float]:
+    """When it searches, in vain, from `now` on."""
+    found: list[float] = []
+    while now < until:
+        for event in events(keeper):
+            if isinstance(event, Search):
+                found.append(now)
+                keeper.search_over(now)
+            elif isinstance(event, Reserve):
+                keeper.refused(event.peer, now)
+        timeout = keeper.next_timeout()
+        now = until if timeout is None else max(now, timeout)
+        keeper.handle_timer(now)
+    return found
+
+
+def test_searches_in_vain_become_rare_and_a_loss_starts_one_at_once() -> None:
+    keeper = ReservationKeeper(random.Random(3))
+    keeper.offer(peer(1), 1.0, 0.0)
+    keeper.set_wanted(2, 0.0)
+    assert events(keeper) == [Reserve(peer(1)), Search()]
+    keeper.granted(peer(1), 1e9, 0.0)
+    keeper.search_over(0.0)
+    in_vain = searches(keeper, 0.0, 20_000.0)
+    assert in_vain[0] < 7
+    gaps = [later - before for before, later in itertools.pairwise(in_vain)]
+    assert max(gaps) <= 750
+    assert min(gaps[8:]) >= 450  # a spare one is not worth more
+    keeper.lost(peer(1), 20_000.0)
+    alone = searches(keeper, 20_000.0, 21_000.0)
+    assert alone[0] == 20_000.0
+    gaps = [later - before for before, later in itertools.pairwise(alone)]
+    assert max(gaps) <= 75  # nobody reaches us meanwhile
+    assert 3.75 <= min(gaps) < 7
+
+
+def test_a_relay_that_comes_and_goes_does_not_make_us_search_all_the_time() -> None:
+    keeper = ReservationKeeper(random.Random(4))
+    keeper.offer(peer(1), 1.0, 0.0)
+    keeper.set_wanted(1, 0.0)
+    now, found, asked = 0.0, 0, 0
+    while now < 600.0:
+        for event in events(keeper):
+            if isinstance(event, Search):
+                found += 1
+                keeper.search_over(now)
+            elif isinstance(event, Reserve):
+                asked += 1
+                keeper.granted(peer(1), 3600, now)
+                keeper.lost(peer(1), now)
+        timeout = keeper.next_timeout()
+        assert timeout is not None
+        now = max(now, timeout)
+        keeper.handle_timer(now)
+    assert found <= 600 / 5 + 1
+    assert asked <= 600 / 3.75 + 1
+
+
+def test_a_relay_that_served_well_is_asked_again_soon() -> None:
+    """Its process was restarted, or our address is another one."""
+    keeper = holding(1)
+    keeper.lost(peer(1), 1000.0)
+    assert events(keeper) == [Search()]
+    keeper.search_over(1000.1)
+    keeper.handle_timer(1001.3)
+    assert events(keeper) == [Reserve(peer(1))]
+
+
+def test_one_that_does_not_answer_keeps_nobody_else_out() -> None:
+    keeper = ReservationKeeper(random.Random(5))
+    keeper.offer(peer(1), 1.0, 0.0)
+    keeper.set_wanted(1, 0.0)
+    assert events(keeper) == [Reserve(peer(1))]
+    keeper.offer(peer(2), 2.0, 1.0)
+    assert events(keeper) == []  # one is enough, and it may still answer
+    assert keeper.next_timeout() == 3.0
+    keeper.handle_timer(3.0)
+    assert events(keeper) == [Reserve(peer(2))]
+    keeper.granted(peer(2), 3600, 3.5)
+    assert keeper.held() == [peer(2)]
+    keeper.granted(peer(1), 3600, 4.0)  # too many now: the better one stays
+    assert keeper.held() == [peer(1)]
+    assert events(keeper) == [Release(peer(2))]

@@ -9,6 +9,7 @@ from lattica_daemon.control.arguments import read_peer
 from lattica_daemon.doctor import examine, examine_peer
 from lattica_daemon.doctor.facts import gather_facts
 from lattica_daemon.doctor.machine import check_reachable
+from lattica_daemon.doctor.peer import why_relayed
 from lattica_daemon.doctor.port_mapping import check_port_mapping, mapping_to_plain
 from lattica_protocols.limits import NAT_MAX_LIFETIMES
 from lattica_protocols.nat.behaviour import Filtering, Mapping, NatBehaviour
@@ -47,6 +48,7 @@ class NatControl:
         mapping, mapped = facts.port_mapping, check_port_mapping(facts)
         return {
             "mapping": known.mapping.value,
+            "certain": known.certain,
             "filtering": known.filtering.value,
             "hairpin": known.hairpin,
             "udp_blocked": known.udp_blocked,
@@ -93,8 +95,16 @@ class NatControl:
             "guesses": [] if report is None else [_guess(guess) for guess in report.guesses],
             "technique": "" if report is None else report.technique,
             "result": "" if report is None else report.result,
+            "why": "" if best is None or best.path != "relay" else self._why(report),
             "seconds": None if report is None or report.seconds is None else round(report.seconds, 3),
         }
+
+    def _why(self, report: PunchReport | None) -> str:
+        """Why the pair is relayed, from what both sides say of their NATs."""
+        node = self._daemon.node
+        if report is None or report.partner is None or node.nat is None:
+            return ""
+        return why_relayed(node.nat.behaviour, report.partner)[0]
 
 
 def _guess(guess: Guess) -> dict[str, Any]:

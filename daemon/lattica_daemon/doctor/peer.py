@@ -11,7 +11,7 @@ from lattica_daemon.doctor.facts import Facts, Finding, Link
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.limits import PUNCH_MAX_UNPROVEN, PUNCH_PROBES_UNPROVEN
 from lattica_protocols.nat.behaviour import Allocation, Filtering, Mapping, NatBehaviour, Ports
-from lattica_protocols.nat.punch_plan import Technique, choose_technique
+from lattica_protocols.nat.punch_plan import Technique, choose_technique, is_hopeless
 
 _TECHNIQUES = {
     "predict": " through a predicted port",
@@ -100,12 +100,13 @@ def check_cause(facts: PeerFacts) -> Finding | None:
         return None
     own, theirs = facts.own.behaviour, facts.theirs
     evidence = [f"we: {in_words(own)}", f"the peer: {'not known' if theirs is None else in_words(theirs)}"]
-    told, fix = _cause(facts, own, theirs)
+    open_port = f"forward {facts.own.ports} on one of the two sides, or turn on UPnP, NAT-PMP or PCP in its router"
+    told, fix = why_relayed(own, theirs, open_port)
     return Finding("cause", None if theirs is None else False, told, fix, tuple(evidence))
 
 
-def _cause(facts: PeerFacts, own: NatBehaviour, theirs: NatBehaviour | None) -> tuple[str, str]:
-    open_port = f"forward {facts.own.ports} on one of the two sides, or turn on UPnP, NAT-PMP or PCP in its router"
+def why_relayed(own: NatBehaviour, theirs: NatBehaviour | None, open_port: str = "") -> tuple[str, str]:
+    """The reason, and what would help. `open_port`: how a port is opened for this pair."""
     blocked = [side for side, known in zip(PUNCH_SIDES, (own, theirs), strict=True) if known and known.udp_blocked]
     if blocked:
         fix = "allow outgoing UDP there; a TCP port forwarded on the other side makes TCP direct"
@@ -123,7 +124,10 @@ def _cause(facts: PeerFacts, own: NatBehaviour, theirs: NatBehaviour | None) -> 
     if technique is Technique.BIRTHDAY:
         told = f"{where}; the other side lets in only whom it sent to: the port has to be guessed, which takes seconds"
         return told, open_port
-    return f"{where}: neither side can know which port the other will use", open_port
+    told = f"{where}: neither side can know which port the other will use"
+    if is_hopeless(own, theirs):
+        told += "; both are certain of that, so the pair stays relayed, and only quick attempts are made"
+    return told, open_port
 
 
 def _is_symmetric(known: NatBehaviour) -> bool:
@@ -150,6 +154,7 @@ def behaviour_to_plain(known: NatBehaviour) -> dict[str, Any]:
         "filtering": known.filtering.value,
         "ports": known.allocation.ports.value,
         "udp_blocked": known.udp_blocked,
+        "certain": known.certain,
     }
 
 
@@ -163,6 +168,7 @@ def behaviour_untrusted(value: object) -> NatBehaviour:
             filtering=Filtering(value.get("filtering")),
             allocation=Allocation(Ports(value.get("ports"))),
             udp_blocked=value.get("udp_blocked") is True,
+            certain=value.get("certain") is True,
         )
     except (ValueError, TypeError) as error:
         raise RemoteProtocolError(f"not a description of a NAT: {error}") from None

@@ -32,9 +32,10 @@ Verdict: TypeAlias = Literal["public", "private", "unknown"]
 MARGIN: Final = 2
 PUBLIC_AGAIN: Final = 1800.0
 PRIVATE_AGAIN: Final = 300.0
-UNSURE_AGAIN: Final = 120.0
-"""Seconds until an address is asked about again: it works; it does not (somebody may just be opening a port); too few
-could be asked."""
+"""Seconds until an address is asked about again: it works; it does not (somebody may just be opening a port)."""
+UNSURE_AGAIN: Final = (120.0, 1800.0)
+"""The same while too few can be asked: doubling from the first to the second, since the same few will say the same.
+Somebody who is new is asked at once."""
 REST: Final = 120.0
 """Seconds for which a server that had no answer about an address is not asked about it."""
 LOST_REST: Final = 10.0
@@ -69,6 +70,8 @@ class _Asked:
 
     due: float
     verdict: Verdict = "unknown"
+    unsure: int = 0
+    """How often all were asked who could be, and that was not enough."""
     votes: dict[IpNetwork, tuple[bool, float]] = field(default_factory=dict)
     resting: dict[IpNetwork, float] = field(default_factory=dict)
     running: set[IpNetwork] = field(default_factory=set)
@@ -119,7 +122,7 @@ class ReachTracker:
         if set(self._servers.values()) - before:
             for asked in self._asked.values():
                 if asked.verdict == "unknown":
-                    asked.due = min(asked.due, now)
+                    asked.due, asked.unsure = min(asked.due, now), 0
 
     def next_question(self, now: float) -> Question | None:
         """Something to ask now."""
@@ -132,7 +135,8 @@ class ReachTracker:
                 asked.running.add(self._servers[server])
                 return Question(addr, server, self._servers[server])
             if not asked.running:
-                asked.due = min([now + _again(asked.verdict), *asked.resting.values()])
+                asked.due = min([now + _again(asked), *asked.resting.values()])
+                asked.unsure += not asked.resting
         return None
 
     def next_timeout(self) -> float | None:
@@ -156,8 +160,8 @@ class ReachTracker:
         score = asked.score()
         if abs(score) < MARGIN:
             return False
-        before, asked.verdict = asked.verdict, "public" if score > 0 else "private"
-        asked.due = now + _again(asked.verdict) * self._rng.uniform(0.8, 1.2)
+        before, asked.verdict, asked.unsure = asked.verdict, "public" if score > 0 else "private", 0
+        asked.due = now + _again(asked) * self._rng.uniform(0.8, 1.2)
         return asked.verdict != before
 
     def reset(self, now: float) -> None:
@@ -174,5 +178,7 @@ class ReachTracker:
         )
 
 
-def _again(verdict: Verdict) -> float:
-    return {"public": PUBLIC_AGAIN, "private": PRIVATE_AGAIN, "unknown": UNSURE_AGAIN}[verdict]
+def _again(asked: _Asked) -> float:
+    if asked.verdict == "unknown":
+        return min(UNSURE_AGAIN[1], UNSURE_AGAIN[0] * 2.0 ** min(asked.unsure, 10))
+    return PUBLIC_AGAIN if asked.verdict == "public" else PRIVATE_AGAIN

@@ -84,6 +84,8 @@ class NatBehaviour:
     public_ip: str | None = None
     udp_blocked: bool = False
     """No observer answered over UDP."""
+    certain: bool = False
+    """One lying observer could not have turned the verdict on the mapping round, or that UDP is blocked."""
     hairpin: bool | None = None
     """Whether two sockets behind it reach each other by their public addresses."""
     lives_for: float | None = None

@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 from lattica_protocols.limits import NAT_MAX_LIFETIMES, NAT_MAX_OBSERVERS
 from lattica_protocols.nat.behaviour import Mapping, NatBehaviour
 from lattica_protocols.nat.classify import (
+    MIN_OBSERVERS,
     Claim,
     FilterTest,
     classify_allocation,
@@ -293,6 +294,7 @@ class Discovery:
         verdict = classify_mapping(self._main_claims())
         filtering, why = classify_filtering(self._tests)
         mapped = verdict.mapped if verdict.certain else None
+        blocked = bool(self._observers) and not self._claims and not self._main_left
         behaviour = NatBehaviour(
             mapping=verdict.mapping,
             filtering=filtering,
@@ -301,7 +303,8 @@ class Discovery:
             seen=tuple(addr for addr, _ in Counter(claim.mapped for claim in self._main_claims()).most_common()),
             observed=tuple(dict.fromkeys((claim.asked, claim.mapped) for claim in self._main_claims())),
             public_ip=_public_ip(self._claims),
-            udp_blocked=bool(self._observers) and not self._claims and not self._main_left,
+            udp_blocked=blocked,
+            certain=verdict.certain or (blocked and len(self._observers) >= MIN_OBSERVERS),
             hairpin=self._hairpin,
             evidence=(verdict.evidence, why),
         )

@@ -14,6 +14,7 @@ port has to be guessed:
     NONE       both choose at random: not worth it (170,000 probes); a port mapping or the relay
 
 A verdict on a NAT guides, it never excludes: where one is not known, or NONE is left, `SIMPLE` is tried all the same.
+What costs little, that is: where both verdicts are certain nobody spends 28 s on a birthday without a chance.
 
 Probes only go to addresses in `proven`: those from which the partner is connected, or which it has shown to hold. A
 peer can name a victim's address, but not make us send there.
@@ -114,6 +115,14 @@ def choose_technique(a: NatBehaviour, b: NatBehaviour) -> Technique:
     return Technique.BIRTHDAY if len(hard) == 1 else Technique.NONE
 
 
+def is_hopeless(a: NatBehaviour, b: NatBehaviour) -> bool:
+    """Whether it is certain on both sides that by theory no guess helps. Of blocked UDP one side's word is enough."""
+    if any(side.certain and side.udp_blocked for side in (a, b)):
+        return True
+    known = all(side.certain and side.filtering is not Filtering.UNKNOWN for side in (a, b))
+    return known and choose_technique(a, b) is Technique.NONE
+
+
 def plan_punch(
     own: Side,
     peer: Side,
@@ -174,8 +183,11 @@ def techniques_to_try(a: NatBehaviour, b: NatBehaviour) -> tuple[Technique, ...]
     """What to do when a punch without guesses does not work, the likeliest first; the same whichever way round.
 
     A prediction that failed may have been disturbed by another flow, so it is tried twice. The verdicts may be wrong:
-    the birthday comes last in each case, as it works whenever one of the two is an easy one after all.
+    the birthday comes last in each case, as it works whenever one of the two is an easy one after all, unless they are
+    certain (`is_hopeless`).
     """
+    if is_hopeless(a, b):
+        return (Technique.SIMPLE,)
     if choose_technique(a, b) is Technique.PREDICT:
         last = Technique.BIRTHDAY if a.mapping in _EIM or b.mapping in _EIM else Technique.PREDICT
         return Technique.PREDICT, Technique.PREDICT, last

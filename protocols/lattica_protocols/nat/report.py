@@ -1,13 +1,14 @@
 """What a peer tells another one about the NATs in front of it, as a Protocol Buffers message.
 
     NatReport { enum mapping = 1; enum filtering = 2; enum ports = 3; uint32 low = 4; uint32 high = 5;
-                int32 step = 6; uint32 last = 7; bool udp_blocked = 8; }
+                int32 step = 6; uint32 last = 7; bool udp_blocked = 8; bool certain = 9; }
 
       mapping     0 unknown, 1 none, 2 endpoint-independent, 3 address-dependent, 4 address-and-port-dependent
       filtering   0 unknown, 1 endpoint-independent, 2 address-dependent, 3 address-and-port-dependent
       ports       0 unknown, 1 preserved, 2 sequential, 3 random, 4 block
       low, high   the range of public ports, both ends included
       step, last  for sequential ports: from one to the next, and the newest
+      certain     three observers or more stand for the mapping, or for UDP being blocked
 
 No addresses: those are named where they are needed, and checked there. A number that is not known means "unknown", and
 ports that cannot be are left out, so that a later version can say more.
@@ -48,6 +49,7 @@ class NatReport(Message):
     step: int | None = optional(6, Kind.INT)
     last: int | None = optional(7, Kind.UINT)
     udp_blocked: bool | None = optional(8, Kind.BOOL)
+    certain: bool | None = optional(9, Kind.BOOL)
 
     @classmethod
     def of(cls, known: NatBehaviour) -> NatReport:
@@ -62,6 +64,7 @@ class NatReport(Message):
             step=allocation.step or None,
             last=allocation.last,
             udp_blocked=True if known.udp_blocked else None,
+            certain=True if known.certain else None,
         )
 
     def behaviour(self) -> NatBehaviour:
@@ -81,6 +84,7 @@ class NatReport(Message):
                 last=_port(self.last),
             ),
             udp_blocked=bool(self.udp_blocked),
+            certain=bool(self.certain),
         )
 
 

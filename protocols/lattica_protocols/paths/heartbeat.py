@@ -5,7 +5,8 @@ something of it is *wanted*: data that was sent is unanswered, or the applicatio
 
     wanted, silent for 3 s      PROBE, whose answer is heard
     wanted, silent for 6.5 s    DEAD, if a probe has been out for 3.5 s
-    not wanted, silent for long PROBE: NATs and the peer's idle timeout forget silent connections
+    not wanted, silent for long PROBE: NATs and the peer's idle timeout forget silent connections; how long is a
+                                matter of what is in between (`keep_alive.py`)
 
 A peer that is busy for 2 s answers late and lives. So does one at the other end of a slow link that we fill, whose
 acknowledgements are heard all the time. When our own process did not run for a while (it was stopped, the machine
@@ -15,7 +16,7 @@ slept) what the peer sent waits unread, so the silence is ours: it is counted fr
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 _STALLED_SECONDS: Final = 1.0
@@ -31,8 +32,7 @@ class Pace:
     dead: float = 6.5
     """Until the path is given up: two heartbeats and something for the way."""
     keep_alive: float = 25.0
-    """Until a path that nobody waits for is kept up; `inf`: never. NATs keep a UDP mapping for 30 s at least (RFC 4787
-    asks for 120, many do not listen)."""
+    """Until a path that nobody waits for is kept up; `inf`: never."""
 
     @property
     def answer(self) -> float:
@@ -62,6 +62,11 @@ class Heartbeat:
         """When the probe that is not answered went out."""
         self.next_timeout = now
         """When `check` wants to be called, at the latest."""
+
+    def keep_up(self, every: float, now: float) -> None:
+        """From now on let no more than `every` seconds pass in silence while nothing is wanted. `check` is due."""
+        self._pace = replace(self._pace, keep_alive=every)
+        self.next_timeout = min(self.next_timeout, now)
 
     def check(self, now: float, *, heard_at: float, wanted: bool) -> Verdict:
         """What to do now."""

@@ -1,0 +1,82 @@
+"""Relayed connections for which no direct one was found are tried again, and sooner when somebody's network changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+from natted_nodes import circuit_to, natted_node
+from test_punch import until_direct
+from test_relay import QUIC, relay_node
+
+from lattica import punch
+from lattica_protocols.multiaddr import Multiaddr
+from lattica_protocols.paths.retry import NEWS_SECONDS, Pauses
+
+PAUSES = Pauses(60.0, 900.0, 0.5)
+"""Nothing happens by itself while a test runs."""
+
+
+@pytest.mark.parametrize("whose", ["ours", "theirs"])
+def test_news_of_the_network_are_a_reason_to_try_again(
+    run: Any, monkeypatch: pytest.MonkeyPatch, whose: str
+) -> None:
+    monkeypatch.setattr(punch, "PUNCH_PAUSES", PAUSES)
+
+    async def main() -> None:
+        async with (
+            relay_node(QUIC) as relay,
+            natted_node(relay, [QUIC]) as a,
+            natted_node(relay, [QUIC]) as b,
+            trio.open_nursery() as nursery,
+        ):
+            known, b.punch.candidates = b.punch.candidates, lambda: []  # type: ignore[method-assign]
+            for node in (a, b):
+                nursery.start_soon(node.punch.run)
+            await trio.testing.wait_all_tasks_blocked()
+            await a.host.connect(None, [circuit_to(b)])
+            while a.peer_id not in b.punch._resting or b.peer_id not in a.punch._resting:
+                await trio.lowlevel.checkpoint()
+            assert b.punch.reports[a.peer_id].attempts == 0
+            b.punch.candidates = known  # type: ignore[method-assign]
+            started = trio.current_time()
+            if whose == "ours":
+                b.host.network_changed()
+            else:
+                told = [*a.host.advertised_addrs(), Multiaddr.parse("/ip4/192.0.2.1/udp/4101/quic-v1")]
+                a.host.advertised_addrs = lambda: told  # type: ignore[method-assign]
+                a.host.addrs_changed()
+            assert await until_direct(b, a) == "quic"
+            assert trio.current_time() - started < PAUSES.rested + 2 * NEWS_SECONDS + 4
+            nursery.cancel_scope.cancel()
+
+    run(main)
+
+
+def test_a_direct_path_that_is_lost_beside_a_relayed_one_is_looked_for_again(run: Any) -> None:
+    async def main() -> None:
+        async with (
+            relay_node(QUIC) as relay,
+            natted_node(relay, [QUIC]) as a,
+            natted_node(relay, [QUIC]) as b,
+            trio.open_nursery() as nursery,
+        ):
+            for node in (a, b):
+                nursery.start_soon(node.punch.run)
+            await trio.testing.wait_all_tasks_blocked()
+            relayed = await a.host.connect(None, [circuit_to(b)])
+            stream = await relayed.open_stream()
+            stream.write(b"x")  # it is in use, and stays
+            await until_direct(b, a)
+            await until_direct(a, b)
+            for one, other in ((a, b), (b, a)):
+                for connection in one.host.connections(other.peer_id):
+                    if connection.path != "relay":
+                        connection.abort()
+            assert await until_direct(b, a) == "quic"
+            assert not relayed.closed.is_set()
+            nursery.cancel_scope.cancel()
+
+    run(main)
