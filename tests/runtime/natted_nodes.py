@@ -10,6 +10,7 @@ import trio
 import trio.lowlevel
 from test_relay import addr_of
 
+from lattica.host import PeerConnected
 from lattica.node import Node, NodeConfig, open_node
 from lattica_protocols.multiaddr import Multiaddr
 
@@ -31,3 +32,14 @@ async def natted_node(relay: Node, listen: list[str], *, tells: bool = False, **
 
 def circuit_to(node: Node) -> Multiaddr:
     return next(addr for addr in node.host.advertised_addrs() if addr.is_circuit).with_peer(node.peer_id)
+
+
+async def until_direct(node: Node, other: Node) -> str:
+    events = node.host.subscribe()
+    for connection in node.host.connections(other.peer_id):
+        if connection.path != "relay":
+            return connection.path
+    async for event in events:
+        if isinstance(event, PeerConnected) and event.peer == other.peer_id and event.connection.path != "relay":
+            return event.connection.path
+    raise AssertionError("the host is gone")

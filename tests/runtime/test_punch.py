@@ -17,13 +17,12 @@ import ifaddr
 import pytest
 import trio
 import trio.testing
-from natted_nodes import circuit_to, natted_node
+from natted_nodes import circuit_to, natted_node, until_direct
 from test_relay import QUIC, TCP, relay_node
 
 from lattica.errors import StreamReset
-from lattica.host import Host, PeerConnected
+from lattica.host import Host
 from lattica.negotiate import LazyStream
-from lattica.node import Node
 from lattica.transports.quic_endpoint import Endpoint as QuicEndpoint
 from lattica_protocols.dcutr import PROTOCOL_ID, PunchExchange
 from lattica_protocols.early_punch import PROTOCOL_ID as EARLY_PROTOCOL_ID
@@ -42,17 +41,6 @@ class Counter:
 
     async def echo(self, x: int) -> int:
         return x
-
-
-async def until_direct(node: Node, other: Node) -> str:
-    events = node.host.subscribe()
-    for connection in node.host.connections(other.peer_id):
-        if connection.path != "relay":
-            return connection.path
-    async for event in events:
-        if isinstance(event, PeerConnected) and event.peer == other.peer_id and event.connection.path != "relay":
-            return event.connection.path
-    raise AssertionError("the host is gone")
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from natted_nodes import circuit_to, natted_node
-from test_punch import until_direct
+from natted_nodes import circuit_to, natted_node, until_direct
 from test_relay import QUIC, relay_node
 
 from lattica import punch
