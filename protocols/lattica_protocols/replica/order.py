@@ -1,10 +1,10 @@
 """Between which two items a new one of a list or text may stand, so that all replicas come to one order.
 
 yrs puts an item behind its left origin and before its right one; where others were put into the same gap, it walks over
-them and compares client ids. That gives one order, whatever came first, only while the origins make a tree without
-crossing lines. A writer who signs other ones makes replicas show different orders for ever: with A, then B before A and
-C behind it at the same time, an item of whose right origin is B and whose left one is the start of the list behind C
-stops at B in a replica that has them as B A C, and not in one that has them otherwise.
+them and compares their origins and client ids. For origins that no honest member could have chosen, the result depends
+on what it walked over, so on what came first. Say A stands in a list, B and C were put behind it by two who did not
+know of each other, and X is signed as standing between the start and B. Then one replica shows A C X B and another
+A X B C, for ever, and one of them the other order after a restart.
 
 Left origins make a tree: an item hangs below its left origin, one without it below the start. In each replica's list
 the items below an item follow it without a gap. So what follows an item L directly hangs below L, or below one that L
