@@ -52,8 +52,9 @@ SEARCH_PAUSES = (1.0, 60.0)
 the second, and from the start again when a neighbour is gone."""
 CHECKS_AHEAD = 4
 """Messages of one stream whose signatures are checked while earlier ones are taken in."""
-SNAPSHOT_EVERY = 10_000
-"""Stored operations after which the document is stored, too: a start applies fewer than that."""
+SNAPSHOT_EVERY = 50_000
+"""Stored operations after which the document is stored, too: a start applies fewer than that, at 1.5 µs each. Storing
+it takes 30 ms where there are 60,000."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,6 +120,8 @@ class RowReader:
         self._find = find
         self._last: dict[int, Operation] = {}
         self._recent: deque[bytes] = deque(maxlen=_WINDOW)
+        self._client, self._own = 0, b"\x00"
+        """The client id read last, and its bytes."""
 
     def read_untrusted(self, data: bytes) -> Operation:
         """The next operation of the row: its form is checked, not its signature, unless it was found with `find`.
@@ -145,7 +147,10 @@ class RowReader:
             client, at = decode_uvarint_untrusted(data, at)
         if flags & _SEQ:
             seq, at = decode_uvarint_untrusted(data, at)
-        elapsed, at = decode_uvarint_untrusted(data, at)
+        if at < len(data) and data[at] < 0x80:
+            elapsed, at = data[at], at + 1
+        else:
+            elapsed, at = decode_uvarint_untrusted(data, at)
         named: Sequence[bytes | int] = ()
         if flags & _OTHERS:
             named, at = _read_others(data, at)
@@ -155,7 +160,11 @@ class RowReader:
         if not flags & _CLIENT:
             if data[start : start + 1] != b"\x01" or data[start + 1 : start + 2] >= b"\x80":
                 raise RemoteProtocolError("operation in the short form that names no chain")
-            client = decode_uvarint_untrusted(data, start + 2)[0]
+            if data.startswith(self._own, start + 2):  # that of the one before, most of the time
+                client = self._client
+            else:
+                client, end = decode_uvarint_untrusted(data, start + 2)
+                self._client, self._own = client, data[start + 2 : end]
         before = self._last.pop(client, None)  # nothing follows it any more, also when this one cannot be read
         last = before if seq is None else self._find_last(client, seq)
         if last is None:
@@ -164,7 +173,7 @@ class RowReader:
             last,
             self._space,
             kind=flags & _KIND,
-            others=tuple([each if type(each) is bytes else self._at(each) for each in named]),
+            others=tuple([each if type(each) is bytes else self._at(each) for each in named]) if named else (),
             elapsed=elapsed,
             body=data[start:],
             signature=data[at:start],
