@@ -71,8 +71,8 @@ class Stream(ABC):
         self.write(bytes(data))
 
     @abstractmethod
-    async def drain(self) -> None:
-        """Wait until less than a high-water mark (256 KiB) of this stream is queued."""
+    async def drain(self, below: int | None = None) -> None:
+        """Wait until fewer than `below` bytes of this stream are queued, by default a high-water mark of 256 KiB."""
 
     @abstractmethod
     async def send_all(self, data: Buffer) -> None:

@@ -184,8 +184,8 @@ class LazyStream(Stream):
     def write_through(self, data: memoryview) -> None:
         self._raw.write_through(data)
 
-    async def drain(self) -> None:
-        await self._raw.drain()
+    async def drain(self, below: int | None = None) -> None:
+        await self._raw.drain(below)
 
     async def send_all(self, data: Buffer) -> None:
         await self._raw.send_all(data)

@@ -4,8 +4,9 @@
 
 No task stands in between. The sink is called by the task that reads the one connection, with memory that holds what
 was just decrypted. All of one read is sent from there at once over the other connection, and only what its socket does
-not take is copied. When a queue has grown over the mark of `Stream.drain`, the sender gets no more window until it is
-below, so one direction holds that mark and one window at most. `Ledger` bounds the sum over all circuits.
+not take is copied. When a queue has grown over a mark, the sender gets no more window until it is below, so one
+direction holds that mark and one window at most. The mark is lower while all circuits together hold much, and `Ledger`
+bounds the sum.
 """
 
 from __future__ import annotations
@@ -18,7 +19,13 @@ import trio
 
 from lattica.errors import LatticaError
 from lattica.transports.muxed_stream import MuxedStream
-from lattica_protocols.limits import RELAY_MAX_HELD, RELAY_MAX_WINDOW_BYTES, RELAY_WINDOW_BYTES
+from lattica_protocols.limits import (
+    RELAY_CROWDED_WINDOW_BYTES,
+    RELAY_MANY_CIRCUITS,
+    RELAY_MAX_HELD,
+    RELAY_MAX_WINDOW_BYTES,
+    RELAY_WINDOW_BYTES,
+)
 
 if TYPE_CHECKING:
     from lattica.interfaces import Stream
@@ -27,7 +34,12 @@ if TYPE_CHECKING:
 log = logging.getLogger("lattica.relay")
 
 HIGH_WATER: Final = 256 * 1024
-"""Bytes in a queue over which its sender is stopped: where `Stream.drain` waits."""
+"""Bytes in a queue over which its sender is stopped: enough to send until what a new window lets in is here."""
+CROWDED_HIGH_WATER: Final = 32 * 1024
+"""The same while all circuits together hold `CROWDED_BYTES`: then what leaves is shared by many, and one that cannot
+send at once loses nothing by it."""
+CROWDED_BYTES: Final = 8 * 1024 * 1024
+"""What 32 circuits hold whose targets are slow, or two in the worst case."""
 
 
 class Half:
@@ -80,7 +92,7 @@ class Half:
         if splice.limit_bytes and self.carried > splice.limit_bytes:
             splice.abort("it carried as much as a circuit may")
             return
-        if queued >= HIGH_WATER and not self._draining:
+        if queued >= splice.ledger.high_water and not self._draining:
             self._draining = True
             self._reading.pause_sink()
             splice.nursery.start_soon(self._drain)
@@ -100,7 +112,7 @@ class Half:
     # -- flow ---------------------------------------------------------------------------------------------
     async def _drain(self) -> None:
         try:
-            await self._writing.drain()
+            await self._writing.drain(self._splice.ledger.high_water)
         except LatticaError:
             self._splice.abort("one side is gone")
         self._draining = False
@@ -208,6 +220,11 @@ class Ledger:
         self._circuits: dict[Splice, None] = {}
         self._window = RELAY_MAX_WINDOW_BYTES
 
+    @property
+    def high_water(self) -> int:
+        """Bytes in one queue over which its sender is stopped."""
+        return CROWDED_HIGH_WATER if self.held >= CROWDED_BYTES else HIGH_WATER
+
     def __iter__(self) -> Iterator[Splice]:
         return iter(list(self._circuits))
 
@@ -230,7 +247,7 @@ class Ledger:
     def _fit_windows(self) -> bool:
         """Windows such that all circuits together stay within `RELAY_MAX_HELD`; whether that changed them."""
         fair = RELAY_MAX_HELD // max(1, 2 * len(self._circuits)) - HIGH_WATER
-        window = RELAY_WINDOW_BYTES
+        window = RELAY_WINDOW_BYTES if len(self._circuits) < RELAY_MANY_CIRCUITS else RELAY_CROWDED_WINDOW_BYTES
         while window * 2 <= min(fair, RELAY_MAX_WINDOW_BYTES):
             window *= 2
         if window == self._window:

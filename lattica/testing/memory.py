@@ -92,9 +92,9 @@ class MemoryStream(Stream):
     def queued_bytes(self) -> int:
         return max(0, self._unacked - WINDOW)
 
-    async def drain(self) -> None:
+    async def drain(self, below: int | None = None) -> None:
         await trio.lowlevel.checkpoint()
-        while self._unacked > WINDOW and self._error is None:
+        while self._unacked > (WINDOW if below is None else max(0, below - 1)) and self._error is None:
             await self._changed.wait()
         if self._error is not None:
             raise self._error

@@ -89,11 +89,11 @@ class MuxedStream(Stream):
     def queued_bytes(self) -> int:
         return self.state.queued
 
-    async def drain(self) -> None:
+    async def drain(self, below: int | None = None) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()
-        state = self.state
-        if state.queued >= HIGH_WATER:
-            await self._connection.wait_sent(self, state.sent + state.queued - HIGH_WATER + 1)
+        state, below = self.state, HIGH_WATER if below is None else below
+        if state.queued >= below:
+            await self._connection.wait_sent(self, state.sent + state.queued - below + 1)
         elif self._error is not None:
             raise _again(self._error)
 

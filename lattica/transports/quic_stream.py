@@ -69,9 +69,9 @@ class QuicStream(Stream):
             engine.write(stream_id, data)
         self._link.mark_dirty()
 
-    async def drain(self) -> None:
+    async def drain(self, below: int | None = None) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()
-        while self._engine.unsent_bytes(self.stream_id) >= HIGH_WATER_BYTES:
+        while self._engine.unsent_bytes(self.stream_id) >= (HIGH_WATER_BYTES if below is None else below):
             if self._error is not None or self._peer_stopped:
                 break
             if self._writers is None:

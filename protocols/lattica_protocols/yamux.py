@@ -46,6 +46,7 @@ from lattica_protocols.limits import (
     YAMUX_MAX_EXTRA_WINDOWS,
     YAMUX_MAX_INBOUND_STREAMS,
     YAMUX_MAX_WINDOW,
+    YAMUX_MIN_WINDOW,
     YAMUX_PING_BURST,
     YAMUX_PINGS_PER_SECOND,
 )
@@ -256,12 +257,13 @@ class YamuxSession:
             self._grant(stream, now)
 
     def limit_window(self, stream: YamuxStream, size: int) -> None:
-        """Let the stream's window not grow above `size` bytes. One that is larger shrinks as the peer uses it up."""
-        stream.max_window = max(size, YAMUX_INITIAL_WINDOW)
-        surplus = stream.window - stream.max_window
-        if surplus > 0 and not stream.finished:
-            self._extra_windows -= surplus
-            stream.window = stream.max_window
+        """Let the stream's window not grow above `size` bytes. One that is larger, as each is at first, shrinks as the
+        peer uses it up."""
+        stream.max_window = max(size, YAMUX_MIN_WINDOW)
+        window = min(max(stream.window, YAMUX_INITIAL_WINDOW), stream.max_window)
+        if not stream.finished:
+            self._extra_windows += window - stream.window
+            stream.window = window
 
     def ping(self, now: float) -> bool:
         """Measure the round trip. False while the last ping is still unanswered."""

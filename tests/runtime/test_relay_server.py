@@ -14,8 +14,14 @@ from lattica.errors import ConnectError, ConnectionLost, StreamReset
 from lattica.interfaces import Connection, Stream
 from lattica.node import Node, NodeConfig, open_node
 from lattica.relay.requests import open_circuit, reserve
-from lattica.relay.splice import HIGH_WATER
-from lattica_protocols.limits import RELAY_MAX_HELD, RELAY_MAX_MESSAGE_BYTES, RELAY_MAX_WINDOW_BYTES
+from lattica.relay.splice import CROWDED_BYTES, CROWDED_HIGH_WATER, HIGH_WATER
+from lattica_protocols.limits import (
+    RELAY_CROWDED_WINDOW_BYTES,
+    RELAY_MANY_CIRCUITS,
+    RELAY_MAX_HELD,
+    RELAY_MAX_MESSAGE_BYTES,
+    RELAY_MAX_WINDOW_BYTES,
+)
 from lattica_protocols.multiaddr import Multiaddr
 from lattica_protocols.relay.admission import RelayLimits
 from lattica_protocols.relay.messages import (
@@ -124,6 +130,28 @@ def test_windows_shrink_as_circuits_become_many(run) -> None:
                 ledger.make_room()
                 assert len(ledger) == 60  # nobody had to go
                 assert ledger.held <= RELAY_MAX_HELD
+
+    run(main)
+
+
+def test_a_crowd_whose_targets_take_nothing_holds_little(run) -> None:
+    async def main() -> None:
+        count = RELAY_MANY_CIRCUITS + 16
+        async with relay_node(relay_limits=RelayLimits(circuits_per_source=100)) as relay:
+            async with bare_node(relay, deaf) as b, bare_node(relay) as a, bare_node(relay) as c:
+                streams = [await open_to(source, b) for source in (a, c) for _ in range(count // 2)]
+                with trio.move_on_after(3.0):
+                    async with trio.open_nursery() as nursery:
+                        for stream in streams:
+                            nursery.start_soon(stream.send_all, bytes(4 * 1024 * 1024))
+                ledger = relay.relay_server.circuits
+                for circuit in ledger:
+                    for half in circuit.halves:
+                        half.look()
+                assert ledger.held >= CROWDED_BYTES  # they were stopped, and not just slow
+                most = CROWDED_BYTES + count * (RELAY_CROWDED_WINDOW_BYTES + CROWDED_HIGH_WATER)
+                assert ledger.held <= most
+                assert all(not circuit.over.is_set() for circuit in ledger)
 
     run(main)
 

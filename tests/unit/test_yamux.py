@@ -316,6 +316,30 @@ def test_a_slow_path_has_room_for_whole_messages() -> None:
     assert b.window == 2 * YAMUX_INITIAL_WINDOW
 
 
+def test_a_window_can_be_limited_below_the_first_one_and_comes_back() -> None:
+    alice, bob = pair()
+    a, b = opened(alice, bob)
+    bob.limit_window(b, YAMUX_INITIAL_WINDOW // 2)
+    assert b.receive_window == YAMUX_INITIAL_WINDOW  # what was granted is granted
+    carried, in_flight = 0, []
+    for _ in range(50):
+        size = min(40_000, b.receive_window)
+        alice.write(a, bytes(size))
+        carried += len(data_of(feed(bob, output(alice))))
+        bob.consume(b, size, 0.0)
+        feed(alice, output(bob))
+        in_flight.append(b.receive_window + b.pending_grant)
+    assert carried > 6 * YAMUX_INITIAL_WINDOW
+    assert max(in_flight[8:]) <= YAMUX_INITIAL_WINDOW // 2
+    bob.limit_window(b, 4 * YAMUX_INITIAL_WINDOW)
+    assert b.window == YAMUX_INITIAL_WINDOW
+    assert bob._extra_windows == 0
+    bob.limit_window(b, 1)
+    assert b.window >= 64 * 1024, "never so small that nothing moves"
+    bob.reset(b)
+    assert bob._extra_windows == 0
+
+
 def test_all_windows_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(yamux, "YAMUX_MAX_EXTRA_WINDOWS", 2 << 20)
     alice, bob = pair()
