@@ -146,7 +146,7 @@ class HolePuncher:
         """The same for a partner that dials before the punch: then a firewall has to be opened, too."""
         self._early = EarlyPunch(
             host,
-            candidates=self.candidates,
+            candidates=lambda: self.candidates(),
             behaviour=lambda: None if self.guesser is None else self.guesser.nat.behaviour,
             choose=self._choose,
             open_nat=lambda targets: self._open_nat(targets, self.early_hops()),

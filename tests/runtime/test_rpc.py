@@ -269,7 +269,7 @@ def test_many_calls_at_once_in_both_directions(with_pair: Any) -> None:
 
 
 # -- errors -----------------------------------------------------------------------------------------------
-def test_handler_errors_are_typed(with_pair: Any) -> None:
+def test_handler_errors_are_typed(with_pair_and_threads: Any) -> None:
     async def test(pair: Pair) -> None:
         with pytest.raises(RemoteError, match="broken") as caught:
             await pair.call("fail", "broken")
@@ -292,7 +292,7 @@ def test_handler_errors_are_typed(with_pair: Any) -> None:
             await pair.call("echo", object())
         assert await pair.call("echo", 1) == 1
 
-    with_pair(test)
+    with_pair_and_threads(test)
 
 
 @pytest.mark.parametrize(

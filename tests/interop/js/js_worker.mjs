@@ -30,7 +30,7 @@ const services = {
 if (settings.relay) services.relay = circuitRelayServer()
 if (settings.dcutr) services.dcutr = dcutr()
 const node = await createLibp2p({
-  addresses: { listen: settings.listen },
+  addresses: { listen: settings.listen, announce: settings.announce },
   transports: settings.transports.map((name) => transports[name]),
   connectionEncrypters: [noise()],
   streamMuxers: [yamux()],
