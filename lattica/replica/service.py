@@ -194,10 +194,24 @@ class SpaceService:
         self.wake()
         return space
 
-    def _open(self, genesis: Genesis, instance: int) -> Space:
+    def _new_replica(self, genesis: Genesis, instance: int) -> tuple[Replica, ReplicaSync[PeerId]]:
         replica = Replica(genesis, key=self._host.key, instance=instance, rng=self._host.rng)
-        machine: ReplicaSync[PeerId] = ReplicaSync(replica, self._host.rng, trio.current_time())
-        space = Space(replica, machine, self.store, self.wake, self._clock)
+        return replica, ReplicaSync(replica, self._host.rng, trio.current_time())
+
+    def _take_back(self, space: Space) -> None:
+        """An edit could not be stored: the space becomes what it is on disk."""
+        before, stored = space.machine, self.store.load_space(space.replica.genesis)
+        replica, machine = self._new_replica(stored.genesis, stored.instance)
+        _fill(replica, machine, stored)
+        machine.presence_info = before.presence_info
+        space.restored(replica, machine)
+        for peer in before.neighbours():
+            self._add_neighbour(space, peer, REPLICA_MAX_NEIGHBOURS)
+        self.wake()
+
+    def _open(self, genesis: Genesis, instance: int) -> Space:
+        replica, machine = self._new_replica(genesis, instance)
+        space = Space(replica, machine, self.store, self.wake, self._clock, self._take_back)
         self._spaces[genesis.id] = self._by_tag[genesis.id[:TAG_BYTES]] = space
         for peer in self._host.peers():
             if PROTOCOL in self._host.peerstore.protocols(peer):
@@ -207,12 +221,7 @@ class SpaceService:
     def _restore(self, stored: StoredSpace) -> None:
         space = self._open(stored.genesis, stored.instance)
         try:
-            if stored.checkpoint is not None:
-                space.replica.receive_checkpoint(stored.checkpoint)
-                space.replica.take_unsaved()
-            space.replica.load(stored.operations, stored.forks, stored.snapshot)
-            space.replica.lost = [Operation.decode_untrusted(data, stored.genesis.id) for data in stored.lost]
-            space.machine.proposals.signed = stored.signed
+            _fill(space.replica, space.machine, stored)
         except (RemoteProtocolError, ValueError) as error:
             self._restore_sound(stored, space.replica, error)
 
@@ -471,6 +480,16 @@ class SpaceService:
             waiting.send_nowait(genesis)
         except trio.WouldBlock:
             pass
+
+
+def _fill(replica: Replica, machine: ReplicaSync[PeerId], stored: StoredSpace) -> None:
+    """Put what is stored into a new replica. Raises `RemoteProtocolError` or `ValueError` when it is damaged."""
+    if stored.checkpoint is not None:
+        replica.receive_checkpoint(stored.checkpoint)
+        replica.take_unsaved()
+    replica.load(stored.operations, stored.forks, stored.snapshot)
+    replica.lost = [Operation.decode_untrusted(data, stored.genesis.id) for data in stored.lost]
+    machine.proposals.signed = stored.signed
 
 
 def _new_operations(message: Message, replica: Replica) -> Row:

@@ -75,12 +75,17 @@ class Space:
         store: SpaceStore,
         wake: Callable[[], None],
         clock: Callable[[], float],
+        take_back: Callable[[Space], None],
     ) -> None:
+        """`take_back(space)` makes it what it is in the store."""
         self.replica = replica
         self.machine = machine
         self._store = store
         self._wake = wake
         self._clock = clock
+        self._take_back = take_back
+        self._not_stored = False
+        """The last edit could not be stored."""
         self._depth = 0
         self._instance = replica.instance
         self._watchers: list_of[Watcher] = []
@@ -207,9 +212,25 @@ class Space:
         reason = self.replica.why_not_writable()
         if reason is not None:
             raise NotWriter(f"{reason}; {_who_may_help(self)}")
+        if self._not_stored:
+            self._store.try_to_write()  # making an edit and taking it back costs much more
+            self._not_stored = False
+
+    def restored(self, replica: Replica, machine: ReplicaSync[PeerId]) -> None:
+        """Go on with what was read from the store."""
+        self.replica, self.machine = replica, machine
+        self._instance = replica.instance
+        self.after_change()
 
     def _made(self, operations: list_of[Operation]) -> None:
-        self.save()
+        try:
+            self.save()
+        except StorageError:
+            # Nothing of it was sent. If it stayed, it would come into effect some time after its author heard that
+            # it had failed, and made it again.
+            self._not_stored = True
+            self._take_back(self)
+            raise
         self.machine.push(operations)
         self.after_change()
         self._wake()

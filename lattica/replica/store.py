@@ -164,6 +164,17 @@ class SpaceStore:
             out.append(self._load(number, parsed, instance))
         return out
 
+    def load_space(self, genesis: Genesis) -> StoredSpace:
+        """What is stored of one space."""
+        number = self._numbers[genesis.id]
+        row = self._connection.execute("SELECT instance FROM spaces WHERE number = ?", (number,)).fetchone()
+        return self._load(number, genesis, row[0])
+
+    def try_to_write(self) -> None:
+        """Raises `StorageFull` or `StorageError` when nothing can be written."""
+        with _Writing(self._connection):
+            self._connection.execute("UPDATE spaces SET instance = instance")
+
     def _load(self, number: int, genesis: Genesis, instance: int) -> StoredSpace:
         run = self._connection.execute
         rows = run(
@@ -311,7 +322,7 @@ class _Writing:
                 self._connection.execute("ROLLBACK")
         if isinstance(error, sqlite3.Error):
             if "full" in str(error):
-                raise StorageFull("the disk is full: the edit was not stored") from None
+                raise StorageFull("the disk is full: nothing was stored") from None
             raise StorageError(f"the database of the spaces cannot be written: {error}") from None
 
 

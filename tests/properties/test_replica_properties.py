@@ -243,7 +243,7 @@ class OneWriter(RuleBasedStateMachine):
         self.store.add(space, 7)
         replica = member(0, space)
         machine: ReplicaSync[Any] = ReplicaSync(replica, random.Random(1), 0.0)
-        self.space = Space(replica, machine, self.store, lambda: None, lambda: NOW)
+        self.space = Space(replica, machine, self.store, lambda: None, lambda: NOW, lambda space: None)
         self.follower = Replica(space)
         self.fed = 0
         self.map: dict[str, Any] = {}

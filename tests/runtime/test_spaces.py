@@ -8,6 +8,7 @@ import struct
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -15,6 +16,7 @@ import trio.testing
 
 import lattica
 from lattica import node
+from lattica.errors import StorageFull
 from lattica.node import Node, NodeConfig, open_node
 from lattica.replica import Space, service
 from lattica_protocols.replica.proof import verify_proof_untrusted
@@ -233,6 +235,45 @@ def test_a_damaged_row_is_fetched_again_and_nothing_that_nobody_signed_is_kept(r
                 assert other.verify().ok
 
     run(main)
+
+
+def test_an_edit_that_cannot_be_stored_is_taken_back(run, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with two_nodes(tmp_path) as (one, two):
+            space = await one.spaces.create("roster", writers=[two.peer_id])
+            space["kept"] = 1
+            joined = await two.spaces.join(space.id)
+            await until_equal(space, joined)
+            database = one.spaces.store._connection
+            pages = database.execute("PRAGMA page_count").fetchone()[0]
+            database.execute(f"PRAGMA max_page_count = {pages}")
+            root = space.root()
+            watcher = space.watch()
+            for n in range(3):
+                with pytest.raises(StorageFull, match="disk is full"):
+                    space[f"k{n}"] = "x" * 50_000
+                assert space.root() == root
+                assert dict(space.map().items()) == {"kept": 1}
+            joined["theirs"] = 2
+            database.execute("PRAGMA max_page_count = 1000000")
+            space["after"] = 3
+            await until_equal(space, joined)
+            assert dict(space.map().items()) == {"kept": 1, "theirs": 2, "after": 3}
+            assert joined.excluded == []
+            assert [change async for change in _until(watcher, "after")]
+        async with open_node(NodeConfig(home=tmp_path / "one", listen=[TCP])) as one:
+            assert dict(one.spaces.get(space.id).map().items()) == {"kept": 1, "theirs": 2, "after": 3}
+
+    run(main)
+
+
+
+async def _until(watcher: AsyncIterator[Any], key: str) -> AsyncIterator[Any]:
+    """Changes up to the first of `key`."""
+    async for change in watcher:
+        yield change
+        if change.key == key or change.action == "reset":
+            return
 
 
 def test_a_damaged_database_is_replaced_from_another_member(run, tmp_path: Path) -> None:
