@@ -75,6 +75,20 @@ def test_rust_stays_connected_with_our_default_settings(run, rust_python: Path) 
         run(main, rust)
 
 
+def test_rust_reads_what_we_say_however_many_addresses_we_have(run, rust_python: Path) -> None:
+    """It reads 4 KiB of identify, and asks nobody in the DHT who did not identify."""
+    many = [f"/ip6/2001:db8::{i:x}/tcp/4101" for i in range(1, 121)]
+
+    async def main(rust: RustPeer) -> None:
+        async with node(announce=many) as ours:
+            await ours.host.connect(rust.peer_id, [rust.tcp])
+            await ours.wait_identified(rust.peer_id)
+            assert str(ours.peer_id) in await eventually(lambda: rust.do("get_all_peers"))
+
+    with running_rust_peer(rust_python) as rust:
+        run(main, rust)
+
+
 @pytest.mark.parametrize("transport", ["tcp", "udp"])
 def test_rust_dials_us(run, rust_python: Path, transport: str) -> None:
     async def main() -> None:
