@@ -70,7 +70,7 @@ class IdentifyService:
             for connection in self._host.connections():
                 nursery.start_soon(self._ask, connection)
 
-    def message(self, connection: Connection) -> bytes:
+    def messages(self, connection: Connection) -> list[bytes]:
         """What we tell the peer at the other end of `connection`."""
         addrs = tuple(self._host.advertised_addrs())
         return Identify(
@@ -81,11 +81,12 @@ class IdentifyService:
             protocol_version=self._protocol_version,
             agent_version=self._agent,
             signed_peer_record=PeerRecord(self._host.peer_id, self._sequence, addrs).seal(self._host.key),
-        ).encode()
+        ).encode_messages()
 
     # -- the three exchanges ------------------------------------------------------------------------------
     async def _answer(self, stream: Stream) -> None:
-        await stream.send_frame(self.message(stream.connection))
+        for message in self.messages(stream.connection):
+            await stream.send_frame(message)
         await stream.aclose()
 
     async def _receive_push(self, stream: Stream) -> None:
@@ -112,7 +113,8 @@ class IdentifyService:
             with trio.fail_after(TIMEOUT):
                 stream = await self._host.open_stream(connection.peer_id, PUSH_PROTOCOL, connection=connection)
                 with stream.reset_on_error():
-                    await stream.send_frame(self.message(connection))
+                    for message in self.messages(connection):
+                        await stream.send_frame(message)
                     await stream.aclose()
         except (LatticaError, ProtocolError, trio.TooSlowError) as error:
             log.debug("identify_push_failed peer=%s error=%s", connection.peer_id.short(), error)

@@ -17,7 +17,7 @@ the receiver merges. In a push, a field that is missing is unchanged.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.keys import PublicKey
@@ -27,6 +27,7 @@ from lattica_protocols.limits import (
     MAX_IDENTIFY_MESSAGE_BYTES,
     MAX_IDENTIFY_MESSAGES,
     MAX_IDENTIFY_PROTOCOLS,
+    MAX_IDENTIFY_SENT_BYTES,
     MAX_IDENTIFY_TEXT_BYTES,
     MAX_PUBLIC_KEY_BYTES,
 )
@@ -66,7 +67,7 @@ class Identify:
     """The envelope as it came. `peer_record_untrusted` verifies it."""
 
     def encode(self) -> bytes:
-        """The protobuf, without the length prefix. Keep it under 4 KiB: Rust refuses more."""
+        """The protobuf, without the length prefix."""
         return _IdentifyMessage(
             public_key=self.public_key.to_protobuf() if self.public_key else None,
             listen_addrs=tuple(addr.to_bytes() for addr in self.listen_addrs),
@@ -76,6 +77,23 @@ class Identify:
             agent_version=self.agent_version,
             signed_peer_record=self.signed_peer_record,
         ).encode()
+
+    def encode_messages(self) -> list[bytes]:
+        """What to send: one message, or two when that is over 4 KiB, which Rust reads no more of.
+
+        The first has all but the signed record, and no more addresses than fit: those of the local network are left out
+        before others. Rust and JS read no second one; in there the record has all addresses.
+        """
+        whole = self.encode()
+        if len(whole) <= MAX_IDENTIFY_SENT_BYTES:
+            return [whole]
+        kept = sorted(self.listen_addrs, key=lambda a: 2 * a.is_loopback + a.is_private)[:MAX_IDENTIFY_ADDRS]
+        first = replace(self, signed_peer_record=None, listen_addrs=tuple(kept))
+        while len(encoded := first.encode()) > MAX_IDENTIFY_SENT_BYTES and kept:
+            del kept[-max(1, len(kept) // 16) :]
+            first = replace(first, listen_addrs=tuple(kept))
+        second = Identify(signed_peer_record=self.signed_peer_record).encode()
+        return [encoded, second] if 0 < len(second) <= MAX_IDENTIFY_MESSAGE_BYTES else [encoded]
 
     @classmethod
     def decode_untrusted(cls, messages: bytes | Iterable[bytes]) -> Identify:

@@ -48,7 +48,10 @@ MAX_PEER_RECORD_ADDRS = 128
 
 # -- identify -----------------------------------------------------------------------------------------------------
 MAX_IDENTIFY_MESSAGE_BYTES = 8192
-"""As go-libp2p (signedIDSize). We keep what we send under 4 KiB, as Rust reads no more."""
+"""As go-libp2p (signedIDSize)."""
+
+MAX_IDENTIFY_SENT_BYTES = 4096
+"""rust-libp2p reads no longer message."""
 
 MAX_IDENTIFY_MESSAGES = 10
 """As go-libp2p (maxMessages): a large identify is sent in parts that are merged."""

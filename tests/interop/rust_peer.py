@@ -36,15 +36,23 @@ def running_rust_peer(
     python: Path,
     *,
     bootstraps: Sequence[str] = (),
+    relays: Sequence[str] = (),
     protocol: str | None = None,
     transports: Sequence[str] = ("tcp", "quic"),
     autonat: bool = False,
     ip: str = "127.0.0.1",
 ) -> Iterator[RustPeer]:
-    """Start a Rust peer on loopback and end it afterwards. `protocol` names its Kademlia; default `/lattica/1.0.0`."""
+    """Start a Rust peer on loopback and end it afterwards. `protocol` names its Kademlia; default `/lattica/1.0.0`.
+    `relays`: where it takes a place."""
     port = free_port() if ip == "127.0.0.1" else 4001
     known = {"tcp": f"/ip4/{ip}/tcp/{port}", "quic": f"/ip4/{ip}/udp/{port}/quic-v1"}
     listen = [known[t] for t in transports]
-    settings = {"listen": listen, "bootstraps": list(bootstraps), "protocol": protocol, "autonat": autonat}
+    settings = {
+        "listen": listen,
+        "bootstraps": list(bootstraps),
+        "relays": list(relays),
+        "protocol": protocol,
+        "autonat": autonat,
+    }
     with driven(python, Path(__file__).with_name("rust_worker.py"), settings) as process:
         yield RustPeer(process, port, ip)

@@ -27,6 +27,8 @@ def build(settings):
     builder = Lattica.builder().with_listen_addrs(settings["listen"]).with_mdns(False)
     if settings.get("bootstraps"):
         builder = builder.with_bootstraps(settings["bootstraps"])
+    if settings.get("relays"):
+        builder = builder.with_relay_servers(settings["relays"])
     if settings.get("protocol") is not None:
         builder = builder.with_protocol(settings["protocol"])
     if settings.get("autonat"):

@@ -13,7 +13,9 @@ import trio
 from p2pd_peer import (
     FIND_PROVIDERS,
     GET_CLOSEST_PEERS,
+    GET_VALUE,
     PROVIDE,
+    PUT_VALUE,
     DhtRequest,
     DhtResponse,
     P2pd,
@@ -25,6 +27,7 @@ import lattica
 from lattica.interfaces import Stream
 from lattica.node import Node
 from lattica_protocols.cid import Cid
+from lattica_protocols.keys import PrivateKey
 from lattica_protocols.multiaddr import Multiaddr
 from lattica_protocols.peer_id import PeerId
 
@@ -161,3 +164,29 @@ def test_kademlia_in_both_directions(run, p2pd_binary: Path) -> None:
 
     with running_p2pd(p2pd_binary, "-dhtServer") as one, running_p2pd(p2pd_binary, "-dhtServer") as two:
         run(main, one, two)
+
+
+def test_values_in_both_directions(run, p2pd_binary: Path) -> None:
+    """A network of two: each has nobody but the other in its table, and stores public keys there."""
+    ours_of = PrivateKey.generate(b"1" * 32)
+    theirs_of = PrivateKey.generate(b"2" * 32)
+
+    def record(key: PrivateKey) -> tuple[bytes, bytes]:
+        return b"/pk/" + PeerId.from_public_key(key.public_key).to_bytes(), key.public_key.to_protobuf()
+
+    async def main(go: P2pd) -> None:
+        async with node() as ours:
+            await ours.host.connect(go.peer_id, [address(go.addrs, "tcp")])
+            while ours.kad.info()["peers"] < 1:
+                await trio.lowlevel.checkpoint()
+            key, value = record(ours_of)
+            assert await ours.kad.put_record(key, value) == 1
+            (found,) = await trio.to_thread.run_sync(go.dht, DhtRequest(type=GET_VALUE, key=key, timeout=10))
+            assert found.value == value
+            await trio.to_thread.run_sync(closest_to, go, ours.peer_id)  # until it has us in its table
+            key, value = record(theirs_of)
+            await trio.to_thread.run_sync(go.dht, DhtRequest(type=PUT_VALUE, key=key, value=value, timeout=10))
+            assert ours.kad.server.values.get(key, ours.kad.clock()) == value
+
+    with running_p2pd(p2pd_binary, "-dhtServer") as go:
+        run(main, go)

@@ -24,10 +24,9 @@ LISTEN = ["/ip4/127.0.0.1/tcp/0", "/ip4/127.0.0.1/udp/0/quic-v1"]
 
 
 @asynccontextmanager
-async def node(protocol_version: str = RUST_KAD) -> AsyncIterator[Node]:
-    config = lattica.NodeConfig(
-        listen=LISTEN, kad_protocol=RUST_KAD, kad_mode="server", kad_accept_any=True, protocol_version=protocol_version
-    )
+async def node(protocol_version: str = RUST_KAD, **settings: Any) -> AsyncIterator[Node]:
+    known = {"listen": LISTEN, "kad_protocol": RUST_KAD, "kad_mode": "server", "kad_accept_any": True} | settings
+    config = lattica.NodeConfig(protocol_version=protocol_version, **known)
     async with lattica.open_node(config) as opened:
         yield opened
 
@@ -76,6 +75,20 @@ def test_rust_stays_connected_with_our_default_settings(run, rust_python: Path) 
         run(main, rust)
 
 
+def test_rust_reads_what_we_say_however_many_addresses_we_have(run, rust_python: Path) -> None:
+    """It reads 4 KiB of identify, and asks nobody in the DHT who did not identify."""
+    many = [f"/ip6/2001:db8::{i:x}/tcp/4101" for i in range(1, 121)]
+
+    async def main(rust: RustPeer) -> None:
+        async with node(announce=many) as ours:
+            await ours.host.connect(rust.peer_id, [rust.tcp])
+            await ours.wait_identified(rust.peer_id)
+            assert str(ours.peer_id) in await eventually(lambda: rust.do("get_all_peers"))
+
+    with running_rust_peer(rust_python) as rust:
+        run(main, rust)
+
+
 @pytest.mark.parametrize("transport", ["tcp", "udp"])
 def test_rust_dials_us(run, rust_python: Path, transport: str) -> None:
     async def main() -> None:
@@ -115,3 +128,22 @@ def test_kademlia_values_in_both_directions(run, rust_python: Path) -> None:
 
     with running_rust_peer(rust_python) as rust:
         run(main, rust)
+
+
+def test_we_relay_for_rust(run, rust_python: Path) -> None:
+    async def main() -> None:
+        async with node(relay_serve=True) as relay, node(listen=[], relay_use="never", punch=False) as ours:
+            (addr,) = [a.with_peer(relay.peer_id) for a in relay.host.listen_addrs() if "/tcp/" in str(a)]
+            context = running_rust_peer(rust_python, transports=["tcp"], relays=[str(addr)])
+            rust = await trio.to_thread.run_sync(context.__enter__)
+            try:
+                while rust.peer_id not in relay.relay_server.table.reservations():
+                    await trio.lowlevel.checkpoint()
+                connection = await ours.host.connect(rust.peer_id, [addr.encapsulate("/p2p-circuit")])
+                assert connection.path == "relay"
+                assert RUST_KAD in (await ours.wait_identified(rust.peer_id)).protocols
+                assert 0 < await ours.ping.ping(rust.peer_id) < 5
+            finally:
+                await trio.to_thread.run_sync(context.__exit__, None, None, None)
+
+    run(main)

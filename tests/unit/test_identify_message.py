@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from lattica_protocols.errors import RemoteProtocolError
@@ -45,6 +47,24 @@ def test_several_messages_are_merged() -> None:
 def test_a_message_that_is_cut_off_does_not_eat_the_next() -> None:
     with pytest.raises(RemoteProtocolError, match="cut off"):
         Identify.decode_untrusted([b"\x1a\x04/a", b"\x1a\x02/b"])
+
+
+def test_more_than_rust_reads_goes_into_a_second_message() -> None:
+    public = [Multiaddr.parse(f"/ip6/2606:4700::{i:x}/tcp/{4000 + i}") for i in range(60)]
+    local = [Multiaddr.parse(f"/ip6/fd00::{i:x}/udp/{4000 + i}/quic-v1") for i in range(200)]
+    record = PeerRecord(PeerId.from_public_key(KEY.public_key), 3, tuple(public[:40])).seal(KEY)
+    large = replace(FULL, listen_addrs=(*local, *public), signed_peer_record=record)
+    first, second = large.encode_messages()
+    assert len(first) <= 4096
+    alone = Identify.decode_untrusted(first)
+    assert set(public) < set(alone.listen_addrs), "those of the local network are left out first"
+    assert len(first) > 3800, "and no more of them than needed"
+    assert (alone.protocols, alone.observed_addr) == (FULL.protocols, FULL.observed_addr)
+    merged = Identify.decode_untrusted([first, second]).peer_record_untrusted()
+    assert merged is not None
+    assert merged.addrs == tuple(public[:40])
+    assert FULL.encode_messages() == [FULL.encode()]
+    assert len(replace(large, signed_peer_record=None).encode_messages()) == 1
 
 
 def test_unreadable_addresses_and_control_characters_are_left_out() -> None:

@@ -253,6 +253,15 @@ def test_find_node_names_a_client_that_we_know() -> None:
     assert peers_untrusted(reply.closer_peers, 100)[0] == PeerAddrs(ALICE_ID, (ADDR,))
 
 
+def test_find_node_names_ourselves_when_asked_for() -> None:
+    """go-libp2p-kad-dht takes a peer into its table only when that peer, asked for itself, names anybody."""
+    server = KadServer(peer(0), RoutingTable(peer(0), 0.0), lambda p: (), validators=Validators())
+    server.table.add(BOB_ID, [], 0.0)
+    reply = answer(server, KadMessage(type=MessageType.FIND_NODE, key=peer(0).to_bytes()), sender=BOB_ID)
+    assert reply is not None
+    assert [p.id for p in reply.closer_peers] == [peer(0).to_bytes()]
+
+
 def test_providers_are_stored_for_their_sender_only() -> None:
     server = make_server()
     local = Multiaddr.parse("/ip4/127.0.0.1/tcp/1")

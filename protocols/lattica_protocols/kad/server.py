@@ -99,17 +99,21 @@ class KadServer:
         out = []
         for peer in peers[: self._k]:
             usable = addresses_for(self._addresses(peer), remote)
-            if usable:  # nobody could ask it otherwise
+            if usable or peer == self.own:  # nobody could ask another one otherwise
                 out.append(peer_entry(PeerAddrs(peer, usable)))
         return out
 
     def _target(self, key: bytes) -> PeerId | None:
-        """The peer asked for, when we know where it is though it is not in the table: clients are found like that."""
+        """The peer asked for, when we know where it is though it is not in the table: clients are found like that.
+
+        And we ourselves: go-libp2p-kad-dht asks a new peer for that very peer, and takes it into its table only if the
+        answer names anybody, which it would not in a network of two.
+        """
         try:
             target = PeerId.from_bytes_untrusted(key)
         except RemoteProtocolError:
             return None
-        return target if target != self.own and self._addresses(target) else None
+        return target if target == self.own or self._addresses(target) else None
 
     def _providers(self, key: bytes, sender: PeerId, remote: Multiaddr | None, unix_now: float) -> list[PeerEntry]:
         out = []
