@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from lattica_cli.context import State, daemon, parse_cid, rate, say, size, table, warn
+from lattica_cli.context import State, daemon, parse_cid, parse_peer, rate, say, size, table, warn
 from lattica_cli.progress import Progress
 
 
@@ -51,11 +51,12 @@ def get(
     """Fetch CID from whoever has it. A fetch that was broken off goes on where it stopped."""
     state = State.of(ctx)
     wanted = str(parse_cid(cid))
+    sources = [str(parse_peer(each)) for each in peer]
     target = Path(output).absolute()
     if not target.parent.is_dir():
         raise typer.BadParameter(f"there is no folder {target.parent}.")
     with daemon(state) as lat:
-        events = lat.daemon_stream("fetch", wanted, str(target), peer, timeout or None)
+        events = lat.daemon_stream("fetch", wanted, str(target), sources, timeout or None)
         done = follow(events, f"get {target.name}", quiet=state.json)
 
     def human() -> None:

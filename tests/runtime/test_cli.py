@@ -107,6 +107,7 @@ def test_without_a_command_the_help_is_shown(lattica: Run) -> None:
         ["get", "notacid", "-o", "x"],
         ["get", CID],
         ["get", CID, "-o", "/no/such/folder/x"],
+        ["get", CID, "-o", "x", "--from", "nobody"],
         ["providers", "Qm0"],
         ["peer", "connect", "/ip4/1.2.3/tcp/1"],
         ["peer", "connect", "nobody"],
