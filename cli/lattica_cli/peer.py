@@ -89,7 +89,7 @@ def ping(
             if not state.json:
                 say(f"{answer['rtt_ms']:.2f} ms over {path}")
     if state.json:
-        state.emit({"peer_id": peer, "path": path, "rtt_ms": times}, lambda: None)
+        state.emit({"peer_id": target, "path": path, "rtt_ms": times}, lambda: None)
 
 
 @peer_app.command("allow")

@@ -20,7 +20,7 @@ def up(
     config: str = typer.Option("", "--config", metavar="F", help="Settings file (default: HOME/config.toml)."),
     relay: bool | None = typer.Option(None, "--relay/--no-relay", help="Carry other peers' connections."),
     mdns: bool | None = typer.Option(None, "--mdns/--no-mdns", help="Find peers on the local network."),
-    network: str = typer.Option("", "--network", metavar="NAME", help="Take part in a private network."),
+    network: str = typer.Option("", "--network", metavar="NAME", help="Private networks are not part of this version."),
     log_level: str = typer.Option("", "--log-level", metavar="LEVEL", help="debug, info, warning or error."),
 ) -> None:
     """Run the daemon in the foreground; SIGTERM or Ctrl-C drains and ends it."""

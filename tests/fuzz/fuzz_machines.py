@@ -43,6 +43,7 @@ from lattica_protocols.peer_record import PEER_RECORD_DOMAIN, PEER_RECORD_TYPE, 
 from lattica_protocols.rpc import frames as rpc_frames
 from lattica_protocols.rpc.bulk import BulkReader
 from lattica_protocols.rpc.connection import RpcConnection, RpcLimits
+from lattica_protocols.rpc.flow import Flow
 from lattica_protocols.rpc.frames import (
     CLIENT_STREAM,
     CREDIT,
@@ -342,7 +343,7 @@ class RpcPeer(Driver):
     """Frames on the control stream and on a bulk stream of one session: the first byte of a part says which."""
 
     name = "rpc.RpcConnection"
-    covers = (RpcConnection, BulkReader, RpcFrameReader)
+    covers = (RpcConnection, BulkReader, RpcFrameReader, Flow)
 
     def seeds(self) -> list[Transcript]:
         """A caller that uses everything, and a callee that answers the four calls of `_prepare`."""
