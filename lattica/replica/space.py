@@ -184,7 +184,7 @@ class Space:
     def transaction(self) -> Iterator[None]:
         """Everything written inside the block becomes one operation: others see all of it or nothing.
 
-        A block that puts items at more than 16 places of lists and texts, deletes from more than 64, or writes more
+        A block that puts items at more than 8 places of lists and texts, deletes from more than 64, or writes more
         than 4,096 items becomes several operations, which others may see one after the other.
         When the block raises, nothing of it is kept. May be nested. Errors: `NotWriter`; `InvalidArgument` (the edit
         is over the size limit); `StorageFull`, `StorageError` (it could not be stored and is taken back).

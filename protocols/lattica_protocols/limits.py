@@ -702,9 +702,9 @@ REPLICA_MAX_OPERATION_BYTES = REPLICA_MAX_UPDATE_BYTES + REPLICA_MAX_PARENTS * 3
 REPLICA_MAX_STRUCTS = 4096
 """Items in one update, and ranges that it deletes: 20 to 45 ms in Python, 5 ms in yrs. A list of values is one item."""
 
-REPLICA_MAX_PLACES = 16
-"""Places of lists and texts where one update puts items. For each yrs walks over what stands there, 60 ns an item: all
-of them over 100,000 items 100 ms. What is made here with more is cut into several operations."""
+REPLICA_MAX_PLACES = 8
+"""Places of lists and texts where one update puts items. For each yrs walks over what stands there, 60 to 220 ns an
+item: all of them over 100,000 items 50 to 170 ms. What is made here with more is cut into several operations."""
 
 REPLICA_MAX_CUTS = 64
 """Ranges of values and text that one update deletes. Each may cut a run in two, which copies half of it: 2 ms where the
