@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -235,3 +236,14 @@ def running_p2pd(binary: Path, *extra: str, listen: Sequence[str] = LISTEN) -> I
         finally:
             process.terminate()
             process.communicate(timeout=10)
+
+
+def closest_to(go: P2pd, peer: PeerId) -> list[DhtResponse]:
+    """Ask again while the table is empty: Go tells nobody when it fills."""
+    deadline = time.monotonic() + 15
+    while True:
+        try:
+            return go.dht(DhtRequest(type=GET_CLOSEST_PEERS, key=peer.to_bytes()))
+        except P2pdError:
+            if time.monotonic() > deadline:
+                raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,14 +11,12 @@ import pytest
 import trio
 from p2pd_peer import (
     FIND_PROVIDERS,
-    GET_CLOSEST_PEERS,
     GET_VALUE,
     PROVIDE,
     PUT_VALUE,
     DhtRequest,
-    DhtResponse,
     P2pd,
-    P2pdError,
+    closest_to,
     running_p2pd,
 )
 
@@ -120,17 +117,6 @@ def test_we_open_a_stream_that_go_serves(run, p2pd_binary: Path, tmp_path: Path,
 
     with running_p2pd(p2pd_binary) as go:
         run(main, go)
-
-
-def closest_to(go: P2pd, peer: PeerId) -> list[DhtResponse]:
-    """Ask again while the table is empty: Go tells nobody when it fills."""
-    deadline = time.monotonic() + 15
-    while True:
-        try:
-            return go.dht(DhtRequest(type=GET_CLOSEST_PEERS, key=peer.to_bytes()))
-        except P2pdError:
-            if time.monotonic() > deadline:
-                raise
 
 
 def test_kademlia_in_both_directions(run, p2pd_binary: Path) -> None:

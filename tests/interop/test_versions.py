@@ -16,7 +16,7 @@ import pytest
 import trio
 from driven import Driven, driven
 from install_peers import OLD_JS, OLD_P2PD, install_go_library, install_old_js_libp2p, install_p2pd
-from p2pd_peer import FIND_PROVIDERS, PROVIDE, DhtRequest, P2pd, running_p2pd
+from p2pd_peer import FIND_PROVIDERS, PROVIDE, DhtRequest, P2pd, closest_to, running_p2pd
 
 import lattica
 from lattica.errors import DialError
@@ -165,6 +165,7 @@ def test_the_first_p2pd(run) -> None:
             assert 0 < await ours.ping.ping(go.peer_id) < 5
             while ours.kad.info()["peers"] < 1:
                 await trio.lowlevel.checkpoint()
+            await trio.to_thread.run_sync(closest_to, go, ours.peer_id)  # until it has us in its table
             await trio.to_thread.run_sync(go.dht, DhtRequest(type=PROVIDE, cid=cid.to_bytes()))
             assert go.peer_id in {peer async for peer, _ in ours.kad.find_providers(cid.multihash.to_bytes(), 1)}
             await ours.kad.provide(other.multihash.to_bytes())
