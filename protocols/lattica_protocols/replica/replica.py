@@ -166,6 +166,8 @@ class Replica:
             start = self.graph.clock_before(op)
             admission = self.graph.admit(op, None, span=(start, start + items))
             self._apply(admission, save=False, document=number > contained)
+            if admission.rebuild:
+                contained = 0  # the document was made anew, of the operations up to here
         if number < contained:
             self._rebuild()
         for head in self.graph.heads & self.graph.entries.keys():
