@@ -74,6 +74,8 @@ def _run(seed: int, size: int, edits: int) -> dict[str, float]:
         copy = Doc[object]()
         copy.apply_update(replica.doc.get_update())
         assert document_value(copy) == values[0], f"seed {seed}, size {size}: another document after a restart"
+    excluded = {author for author, _, _ in replicas[0].graph.exclusions()}
+    assert not [m.number for m in honest if m.key.public_key.data in excluded], f"seed {seed}: an honest one excluded"
     verified = replicas[-1].verify()
     assert verified.ok, f"seed {seed}, size {size}: {verified}"
     return {

@@ -237,3 +237,24 @@ def test_writers_who_contradict_in_colliding_chains(seed: int) -> None:
     rng = random.Random(f"collisions {seed}")
     space, made = play(rng, 24, 0.1 if seed % 3 == 0 else 0, colliding_instances(rng))
     assert judge(space, made, rng)
+
+
+def test_an_author_whose_operation_is_lost_signs_no_other_in_its_place() -> None:
+    """What it built on a chain that the checkpoint cannot have is lost, but others have it: to go on from before would
+    exclude the author."""
+    space = genesis(3)
+    one, owner, honest = member(1, space), member(0, space), member(3, space)
+    two = colliding(2, space, one)
+    covered, aimed = put(one, "a", 1), put(two, "b", 2)
+    deliver(owner, covered)
+    deliver(honest, aimed)
+    built = put(honest, "c", 3)
+    honest.receive_checkpoint(owner.make_checkpoint(NOW).encode())
+    assert honest.lost == [built]
+    other = put(honest, "d", 4)
+    assert other.instance != built.instance
+    replica = Replica(space)
+    deliver(replica, covered, aimed, built)
+    assert replica.receive_checkpoint(owner.make_checkpoint(NOW).encode())
+    deliver(replica, other)
+    assert data(replica) == {"a": 1, "d": 4}

@@ -308,15 +308,14 @@ class Replica:
             raise LocalProtocolError(reason)
         assert self.key is not None
         chain = (self.key.public_key.data, self.instance)
-        if any(not b.entries[-1].counted for b in self.graph.chains.get(chain, ())) or self.graph.client_ids.is_taken(
-            chain
-        ):
-            # Operations of ours are void (we were removed, and granted again): to go on from before them would be a
-            # fork, to build on them would bring them back. Or somebody found our client id, and our items have others.
+        void = any(not branch.entries[-1].counted for branch in self.graph.chains.get(chain, ()))
+        lost = any(op.chain == chain for op in self.lost)
+        if void or lost or self.graph.client_ids.is_taken(chain):
+            # Operations of ours are void (we were removed, and granted again), or a checkpoint left them out: to go on
+            # from before them would be a fork, to build on void ones would bring them back. Or another chain has our
+            # client id, and items of both have others.
             if self._rng is None:
-                raise LocalProtocolError(
-                    "this chain cannot go on (void, or it collides), and there is no other instance"
-                )
+                raise LocalProtocolError("this chain is void, lost or collides, and there is no other instance")
             while self.graph.client_ids.is_taken((chain[0], self.instance)) or self.instance == chain[1]:
                 self.instance = self._rng.getrandbits(32)
             self._rebuild()
