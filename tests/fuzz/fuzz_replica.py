@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fuzz_machines import Driver, Transcript
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
-from replica_byzantine import WRITERS, hand_over, judge, play
+from replica_byzantine import WRITERS, colliding_instances, hand_over, judge, play
 from replica_members import NOW, deliver, forged, genesis, key_of, member, put, update_of
 
 from lattica_protocols.errors import RemoteProtocolError
+from lattica_protocols.replica import client_ids
 from lattica_protocols.replica.checkpoint import Checkpoint
+from lattica_protocols.replica.client_ids import client_id
 from lattica_protocols.replica.genesis import Genesis
-from lattica_protocols.replica.graph import Graph, client_id
+from lattica_protocols.replica.graph import Graph
 from lattica_protocols.replica.messages import Kind, encode_message
 from lattica_protocols.replica.operation import Kind as Change
 from lattica_protocols.replica.operation import Operation
@@ -130,11 +134,14 @@ class Writers(Driver):
     covers = (Placement, Graph)
     MAX_PARTS = 16
 
+    def instances(self) -> list[int]:
+        return [7] * WRITERS
+
     def seeds(self) -> list[Transcript]:
         """A part: which writer, whether it has all before, number of items, items and deletions."""
         out = []
         for number in range(6):
-            _, made = play(random.Random(number), forks=0.0, instance=7)
+            _, made = play(random.Random(number), forks=0.0, instances=self.instances())
             out.append(tuple(self._part(op, number + at) for at, op in enumerate(made) if op.body))
         return out
 
@@ -149,7 +156,7 @@ class Writers(Driver):
 
     def run(self, parts: list[bytes], rng: random.Random) -> None:
         space = genesis(WRITERS)
-        members = [member(number, space) for number in range(1, WRITERS + 1)]
+        members = [member(number, space, instance) for number, instance in enumerate(self.instances(), 1)]
         made: list[Operation] = []
         for part in parts[: self.MAX_PARTS]:
             if len(part) < 3:
@@ -167,4 +174,31 @@ class Writers(Driver):
         judge(space, made, rng, orders=2)
 
 
-DRIVERS: list[Driver] = [Neighbours(), Shown(), Writers()]
+class Colliding(Writers):
+    """The same, of writers whose chains have two client ids among them."""
+
+    name = "replica.Graph, colliding"
+
+    def instances(self) -> list[int]:
+        return colliding_instances(random.Random(1))
+
+    def seeds(self) -> list[Transcript]:
+        with few_client_ids():
+            return super().seeds()
+
+    def run(self, parts: list[bytes], rng: random.Random) -> None:
+        with few_client_ids():
+            super().run(parts, rng)
+
+
+@contextmanager
+def few_client_ids() -> Iterator[None]:
+    """Client ids of 10 bits: others that collide are found at once."""
+    bits, client_ids.CLIENT_BITS = client_ids.CLIENT_BITS, 10
+    try:
+        yield
+    finally:
+        client_ids.CLIENT_BITS = bits
+
+
+DRIVERS: list[Driver] = [Neighbours(), Shown(), Writers(), Colliding()]

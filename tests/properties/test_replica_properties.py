@@ -10,12 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from pycrdt import Doc
-from replica_byzantine import judge, play
+from replica_byzantine import colliding_instances, judge, play
 from replica_members import NOW, deliver, forged, genesis, member, put, update_of
 
 from lattica.replica.space import Space
 from lattica.replica.store import SpaceStore
 from lattica_protocols.errors import RemoteProtocolError
+from lattica_protocols.replica import client_ids
 from lattica_protocols.replica.checkpoint import Checkpoint
 from lattica_protocols.replica.contents import read_contents_untrusted
 from lattica_protocols.replica.genesis import Genesis, parse_space, space_text
@@ -192,6 +193,16 @@ def test_contradictory_writers_leave_one_document_for_one_root(seed: int, rounds
     """Whatever they name as neighbours, in whatever order it comes: through restarts, loaded states and checkpoints."""
     rng = random.Random(seed)
     judge(*play(rng, rounds, forks), rng)
+
+
+@given(seed=st.integers(0, 2**32), rounds=st.integers(2, 24), forks=st.sampled_from([0.0, 0.05, 0.3]))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_chains_with_one_client_id_leave_one_document_for_one_root(seed: int, rounds: int, forks: float) -> None:
+    """The same, of writers some of whom found instances that collide with those of others."""
+    rng = random.Random(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client_ids, "CLIENT_BITS", 10)
+        judge(*play(rng, rounds, forks, colliding_instances(rng)), rng)
 
 
 @given(st.lists(st.binary(min_size=32, max_size=32), min_size=1, max_size=60, unique=True), st.randoms())

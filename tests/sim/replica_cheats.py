@@ -12,7 +12,8 @@ from replica_updates import some_update
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.keys import PrivateKey
 from lattica_protocols.limits import REPLICA_MAX_UPDATE_BYTES
-from lattica_protocols.replica.graph import client_id
+from lattica_protocols.replica import client_ids
+from lattica_protocols.replica.client_ids import client_id
 from lattica_protocols.replica.messages import Kind as MessageKind
 from lattica_protocols.replica.messages import encode_message
 from lattica_protocols.replica.operation import Kind, Operation
@@ -21,10 +22,10 @@ from lattica_protocols.varint import encode_uvarint
 
 
 def cheat(network: Network, member: Member) -> None:
-    """One thing that no honest member would do. Every other cheater only contradicts: the rest of what they do gets
-    them excluded."""
+    """One thing that no honest member would do. Every other cheater only contradicts and collides: the rest of what
+    they do gets them excluded."""
     rng = network.rng
-    way = contradict if member.number % 2 == 0 else rng.choice(WAYS)
+    way = rng.choice((contradict, collide) if member.number % 2 == 0 else WAYS)
     if not member.neighbours:
         return
     for target, ops in way(network, member, rng):
@@ -171,6 +172,23 @@ def take_anothers_client(network: Network, member: Member, rng: random.Random) -
     return [(target, [op]) for target in member.neighbours]
 
 
+def collide(network: Network, member: Member, rng: random.Random) -> Sent:
+    """A chain with the client id of another one, of somebody's or its own, to some of the neighbours."""
+    if client_ids.CLIENT_BITS > 16:
+        return []  # it takes 2^27 tries for two of its own, 2^53 for a given one
+    victim, own = rng.choice([*network.members, member]), member.key.public_key.data
+    wanted = client_id(victim.key.public_key.data, victim.replica.instance)
+    start = rng.getrandbits(31)
+    found = next((i for i in range(start, start + 20_000) if client_id(own, i) == wanted), start)
+    fresh: Doc[Any] = Doc(client_id=client_id(own, found))
+    fresh.get("m:config", type=Map)["key1"] = "collides"
+    heads = sorted(member.replica.graph.heads)
+    parents = heads if rng.random() < 0.5 else []
+    op = _next(network, member, fresh.get_update(), instance=found, seq=0, parents=parents)
+    more = _next(network, member, b"", instance=found, seq=1, parents=[op.id])
+    return [(target, [op, more]) for target in member.neighbours if rng.random() < 0.5]
+
+
 def reuse_clock(network: Network, member: Member, rng: random.Random) -> Sent:
     fresh: Doc[Any] = Doc(client_id=member.replica.doc.client_id)
     fresh.get("m:config", type=Map)["key1"] = "again"
@@ -215,6 +233,7 @@ WAYS = [
     fork_earlier_and_earlier,
     grant_without_right,
     take_anothers_client,
+    collide,
     reuse_clock,
     oversize,
     replay,

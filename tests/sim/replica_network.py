@@ -40,10 +40,12 @@ class Member:
     disk: list[tuple[bytes, int]] = field(default_factory=list)
     row: RowWriter = field(default_factory=RowWriter)
     forks: list[tuple[bytes, bytes]] = field(default_factory=list)
+    lost: list[Operation] = field(default_factory=list)
     checkpoint: bytes = b""
 
     def save(self) -> None:
         unsaved = self.replica.take_unsaved()
+        self.lost += unsaved.lost
         if unsaved.checkpoint is not None:
             self.checkpoint = unsaved.checkpoint.encode()
             self.row = RowWriter()
@@ -166,7 +168,7 @@ class Network:
         """The process ends and starts again, with what was on its disk or without."""
         member.row = RowWriter()
         if forget:
-            member.disk, member.forks, member.checkpoint = [], [], b""
+            member.disk, member.forks, member.lost, member.checkpoint = [], [], [], b""
             member.replica = self._replica(member.key)
         else:
             instance = member.replica.instance
@@ -175,6 +177,7 @@ class Network:
                 member.replica.receive_checkpoint(member.checkpoint)
                 member.replica.take_unsaved()
             member.replica.load(member.disk, member.forks)
+            member.replica.lost = list(member.lost)
         member.machine = ReplicaSync(member.replica, self.rng, self.now)
         self._start(member)
 

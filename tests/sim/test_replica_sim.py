@@ -5,7 +5,11 @@ A few dozen runs here; `python tests/sim/replica_runs.py --runs 1000` makes a th
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from replica_cheats import withhold
@@ -32,6 +36,24 @@ def test_fifty_replicas(seed: int) -> None:
 
 def test_the_same_seed_gives_the_same_run() -> None:
     assert run(5, size=7, edits=30) == run(5, size=7, edits=30)
+
+
+def test_another_process_replays_a_seed() -> None:
+    """The order of sets of bytes differs from process to process: nothing may hang on it."""
+    command = [sys.executable, str(Path(__file__).with_name("replica_runs.py")), "--seed", "5", "--size", "20"]
+    results = []
+    for hashes in ("1", "2"):
+        out = subprocess.run(
+            command,
+            env={**os.environ, "PYTHONHASHSEED": hashes},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        )
+        results.append(out.stdout.split("}")[0])
+    assert "'operations'" in results[0]
+    assert results[0] == results[1]
 
 
 class Pair:

@@ -10,16 +10,18 @@ orders, through restarts, documents and checkpoints: wherever the roots are equa
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from itertools import count
 from typing import Any
 
 from pycrdt import Doc
-from replica_members import NOW, genesis, member
+from replica_members import NOW, genesis, key_of, member
 
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.replica.checkpoint import Checkpoint
+from lattica_protocols.replica.client_ids import client_id, forked_client
 from lattica_protocols.replica.errors import MissingParents, NotYet
 from lattica_protocols.replica.genesis import Genesis
-from lattica_protocols.replica.graph import client_id
 from lattica_protocols.replica.operation import Operation
 from lattica_protocols.replica.plain import container, document_value, same_value, to_shared
 from lattica_protocols.replica.replica import Replica
@@ -37,6 +39,18 @@ CONTENTS = {
 LENGTHS = {b"\x08\3\x7d\1\x7d\2\x7d\3": 3, b"\x01\2": 2, b"\x04\3xyz": 3}
 
 
+def find_instance(author: bytes, wanted: int, start: int) -> int:
+    """An instance of the author with this client id. For tests in which those have few bits."""
+    return next(instance for instance in count(start) if client_id(author, instance) == wanted)
+
+
+def colliding_instances(rng: random.Random, ids: int = 2) -> list[int]:
+    """Instances of the writers, all of which have one of so many client ids."""
+    authors = [key_of(number).public_key.data for number in range(1, WRITERS + 1)]
+    wanted = [client_id(authors[0], rng.getrandbits(32)) for _ in range(ids)]
+    return [find_instance(author, rng.choice(wanted), rng.getrandbits(20)) for author in authors]
+
+
 class Contradictory:
     """Writes items into the same few containers; knows where those of others stand."""
 
@@ -46,25 +60,33 @@ class Contradictory:
         """By operation."""
 
     def known(self, replica: Replica) -> list[Item]:
-        return [item for entry in replica.graph.entries.values() for item in self._items_of(entry.op, entry.start)]
-
-    def _items_of(self, op: Operation, start: int) -> list[Item]:
-        return self.items.get(op.id, [])
+        """By the names that they have in its document, most of the time."""
+        known: list[Item] = []
+        for entry in replica.graph.entries.values():
+            items = self.items.get(entry.op.id, [])
+            if replica.graph.is_renamed(entry) and self.rng.random() < 0.9:
+                own, new = entry.branch.client, forked_client(entry.op.id)
+                items = [
+                    (place.replace(f":{own}:", f":{new}:"), {own: new, -own: -new}.get(client, client), clock)
+                    for place, client, clock in items
+                ]
+            known += items
+        return known
 
     def update(self, replica: Replica, client: int, start: int) -> tuple[bytes, list[Item]]:
         """An update of a few items of `client` from the clock `start`, and what is in it."""
         rng = self.rng
         known = self.known(replica)
         out, own, clock = b"", list[Item](), start
-        count = rng.choice((1, 1, 2, 3, 5))
-        for _ in range(count):
+        items = rng.choice((1, 1, 2, 3, 5))
+        for _ in range(items):
             item, place, length = self._item(client, known + own)
             if item[0] & 0x1F == 7:
                 own.append((f"{'ml'[item[-1] == 0]}:{client}:{clock}", -client, clock))
             own += [(place, client, clock + n) for n in range(length)]
             out += item
             clock += length
-        head = b"\1" + encode_uvarint(count) + encode_uvarint(client) + encode_uvarint(start)
+        head = b"\1" + encode_uvarint(items) + encode_uvarint(client) + encode_uvarint(start)
         return head + out + self._deletions(known), own
 
     def _item(self, client: int, known: list[Item]) -> tuple[bytes, str, int]:
@@ -112,12 +134,12 @@ class Contradictory:
 
 
 def play(
-    rng: random.Random, rounds: int = 14, forks: float = 0.03, instance: int | None = None
+    rng: random.Random, rounds: int = 14, forks: float = 0.03, instances: Sequence[int] = ()
 ) -> tuple[Genesis, list[Operation]]:
     """Operations that writers signed, those that are refused among them, in an order in which they can be taken.
-    Random instances give each writer another client id."""
+    Random instances (unless these are given) give each writer another client id."""
     space = genesis(WRITERS)
-    instances = [rng.getrandbits(32) if instance is None else instance for _ in range(WRITERS)]
+    instances = instances or [rng.getrandbits(32) for _ in range(WRITERS)]
     members = [member(number, space, instances[number - 1]) for number in range(1, WRITERS + 1)]
     hand = Contradictory(rng)
     made: list[Operation] = []

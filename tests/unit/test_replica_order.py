@@ -11,7 +11,7 @@ from replica_byzantine import hand_over, judge, play
 from replica_members import NOW, forged, genesis, member
 
 from lattica_protocols.errors import RemoteProtocolError
-from lattica_protocols.replica.graph import client_id
+from lattica_protocols.replica.client_ids import client_id
 from lattica_protocols.replica.operation import Operation
 from lattica_protocols.replica.order import Run, hangs_below, is_gap
 from lattica_protocols.replica.replica import Replica

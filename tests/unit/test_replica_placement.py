@@ -12,7 +12,7 @@ from replica_updates import some_update
 from lattica_protocols.errors import LocalProtocolError, RemoteProtocolError
 from lattica_protocols.limits import REPLICA_MAX_NESTING, REPLICA_MAX_STRUCTS
 from lattica_protocols.replica.checkpoint import vector_of
-from lattica_protocols.replica.graph import client_id
+from lattica_protocols.replica.client_ids import client_id
 from lattica_protocols.replica.operation import Operation
 from lattica_protocols.replica.plain import container, document_value, to_shared
 from lattica_protocols.replica.replica import Replica

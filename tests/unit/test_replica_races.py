@@ -12,6 +12,7 @@ from replica_members import NOW, data, deliver, forged, genesis, key_of, member,
 
 from lattica_protocols.replica.operation import Kind, Operation
 from lattica_protocols.replica.replica import Replica
+from lattica_protocols.replica.short_form import RowWriter
 
 FILE = Path(__file__).parents[1] / "vectors" / "replica-races.txt"
 NUMBERS = {"owner": 0, "a": 1, "b": 2}
@@ -121,3 +122,18 @@ def _rewrite(scenario: Scenario, found: list[str]) -> None:
         if inside and line == scenario.steps[-1]:
             lines += [f"-> {each}" for each in found]
     FILE.write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def test_a_restart_where_something_counted_again() -> None:
+    """What counted, then did not, then did again makes the document anew in the middle of loading."""
+    space = genesis(3)
+    removed, third, owner = member(2, space), member(3, space), member(0, space)
+    void = put(removed, "b", 2)
+    removal = owner.change_members(Kind.REMOVE, void.author, NOW)
+    deliver(third, void)
+    replica = Replica(space)
+    deliver(replica, void, removal, put(third, "c", 3))
+    row, again = RowWriter(), Replica(space)
+    stored = [(row.write(entry.op), entry.end - entry.start) for entry in replica.graph.counted()]
+    again.load(stored, snapshot=(len(stored), replica.doc.get_update()))
+    assert data(again) == data(replica) == {"b": 2, "c": 3}

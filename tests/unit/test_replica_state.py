@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from replica_members import NOW, deliver, genesis, member
 
 from lattica_protocols.errors import RemoteProtocolError
-from lattica_protocols.replica.placement import GONE, Table, places_of_state_untrusted
+from lattica_protocols.replica.placement import GONE, Place, Table, places_of_state_untrusted
 from lattica_protocols.varint import encode_uvarint
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "sim"))
@@ -39,11 +40,18 @@ def test_a_state_has_its_items_where_the_operations_put_them(seed: int) -> None:
             placed = entry.places.at(clock) if isinstance(entry.places, Table) else entry.places
             found = tables[entry.branch.client].at(clock)
             if found is not GONE:
-                assert found.place == placed.place
-                assert found.holds in (None, placed.holds)
-                assert found.is_gone or found.holds == placed.holds
+                assert bare(found.place) == bare(placed.place)
+                assert bare(found.holds) in (None, bare(placed.holds))
+                assert found.is_gone or bare(found.holds) == bare(placed.holds)
                 seen += 1
     assert seen > 100
+
+
+def bare(where: Any) -> Any:
+    """A container or place without the operation that made the container: a state does not tell it."""
+    if isinstance(where, Place):
+        return bare(where.container), where.key
+    return where._replace(name=where.name[:2]) if where is not None and where.level else where
 
 
 def state(*items: bytes) -> bytes:

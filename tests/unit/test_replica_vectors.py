@@ -17,8 +17,9 @@ from test_replica_placement import WRONG
 
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.replica.checkpoint import Checkpoint
+from lattica_protocols.replica.client_ids import client_id, forked_client
 from lattica_protocols.replica.genesis import Genesis, provider_key, space_text
-from lattica_protocols.replica.graph import Fork, client_id, forked_client
+from lattica_protocols.replica.graph import Fork
 from lattica_protocols.replica.messages import Kind as MessageKind
 from lattica_protocols.replica.messages import decode_message_untrusted, encode_message
 from lattica_protocols.replica.operation import Kind, Operation

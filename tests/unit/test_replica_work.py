@@ -11,7 +11,7 @@ from test_replica_placement import VALUE, WORD, beside, inside, named, update
 
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.limits import REPLICA_MAX_CUTS, REPLICA_MAX_PLACES, REPLICA_MAX_STRUCTS
-from lattica_protocols.replica.graph import client_id
+from lattica_protocols.replica.client_ids import client_id
 from lattica_protocols.replica.operation import Operation
 from lattica_protocols.replica.plain import container, to_shared
 from lattica_protocols.replica.replica import Replica

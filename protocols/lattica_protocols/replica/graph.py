@@ -9,17 +9,16 @@ Two layers, so that every replica decides alike whatever the order of arrival:
    of each other. Removals are never void. An operation **counts** when it is not void, or when one that is not void has
    it in its past: what a valid member built on stays. The document consists of the operations that count.
 
-A fork puts two items under one name. So the items of void operations of an equivocator that count have a name of their
-own in the document: the client id `forked_client(operation id)`. References in other operations are resolved by their
-past: it contains one branch of the fork, or names the renamed client itself.
+A fork puts two items under one name, and so do two chains that have one client id. So the items of void operations of
+an equivocator that count, and those of chains that count and collide (`client_ids`), have a name of their own in the
+document: the client id `forked_client(operation id)`. References in other operations are resolved by their past: it
+contains one branch of the fork or one of the chains, or they name the renamed client itself.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-
-from blake3 import blake3
 
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.limits import (
@@ -31,6 +30,7 @@ from lattica_protocols.limits import (
     REPLICA_MAX_UPDATE_BYTES,
     REPLICA_MAX_WRITERS,
 )
+from lattica_protocols.replica.client_ids import ClientIds, client_id, forked_client
 from lattica_protocols.replica.errors import MissingParents, NotYet, Refused
 from lattica_protocols.replica.floor import Floor
 from lattica_protocols.replica.membership import Membership, MembershipTable
@@ -42,20 +42,6 @@ Chain = tuple[bytes, int]
 """Author and instance."""
 Past = dict["Branch", int]
 """The highest `seq` of each branch in somebody's past: with the branch, all of it up to there."""
-
-
-def client_id(author: bytes, instance: int) -> int:
-    """The yrs client id of a chain: 53 bits of a hash, not 0."""
-    digest = blake3(b"lattica-replica-client" + author + instance.to_bytes(4, "big")).digest()
-    return (int.from_bytes(digest[:8], "big") >> 11) or 1
-
-
-def forked_client(operation: bytes) -> int:
-    """The client id that the items of a void operation of an equivocator get."""
-    return (int.from_bytes(blake3(b"lattica-replica-forked" + operation).digest()[:8], "big") >> 11) or 1
-
-
-_NOBODY: Chain = (b"", 0)
 
 
 class Branch:
@@ -179,8 +165,8 @@ class Graph:
         self.chains: dict[Chain, list[Branch]] = {}
         self.table = MembershipTable(self.floor.owners, self.floor.writers, self.floor.former)
         self.renamed: dict[int, Entry] = {}
-        """Client ids of void operations of equivocators."""
-        self._clients: dict[int, Chain] = {}
+        """Operations by the client ids that their items have, or would have if they counted, instead of the chain's."""
+        self.client_ids = ClientIds(self.floor.chains)
         self._instances: dict[bytes, int] = {}
         self._removals: dict[bytes, list[tuple[Entry, Past]]] = {}
         self._changes = 0
@@ -213,7 +199,7 @@ class Graph:
 
     def operation_at(self, client: int, seq: int) -> Operation | None:
         """The operation at `seq` of the chain with this client id; None when it is not here, or a fork has two."""
-        branches = self.chains.get(self._clients.get(client, _NOBODY), ())
+        branches = self.client_ids.branches(client)
         found = [b.entries[seq - b.first_seq].op for b in branches if 0 <= seq - b.first_seq < len(b.entries)]
         return found[0] if len(found) == 1 else None
 
@@ -264,9 +250,9 @@ class Graph:
             parsed = self._check_update(op, branch, start, past)
             if parsed.end > parsed.start:
                 entry.end = parsed.end
-                entry.places = self._check_places(op.body, past, parsed.deletions)
+                entry.places = self._check_places(op, past, parsed.deletions)
             elif len(parsed.deletions) > REPLICA_MAX_CUTS:
-                self._check_places(op.body, past, parsed.deletions)
+                self._check_places(op, past, parsed.deletions)
         return self._insert(entry, past)
 
     def _previous(self, op: Operation) -> tuple[Entry | None, int]:
@@ -293,9 +279,8 @@ class Graph:
     def _check_new_chain(self, op: Operation) -> None:
         if op.chain in self.chains:
             return
-        other = self._clients.get(client_id(*op.chain))
-        if other is not None and other != op.chain:
-            raise Refused("its client id is that of another chain")
+        if client_id(*op.chain) in self.client_ids.floor:
+            raise Refused("its client id is that of a chain which the checkpoint has")
         if self._instances.get(op.author, 0) >= REPLICA_MAX_INSTANCES:
             raise Refused(f"the author has {REPLICA_MAX_INSTANCES} chains already")
 
@@ -374,10 +359,10 @@ class Graph:
                 self._resolve(client, clock, length, past)
         return parsed
 
-    def _check_places(self, body: bytes, past: Past, deletions: Sequence[Piece]) -> Places:
+    def _check_places(self, op: Operation, past: Past, deletions: Sequence[Piece]) -> Places:
         try:
             return self.placement.check_untrusted(
-                body, lambda client, clock: self._find(client, clock, past), deletions
+                op.body, lambda client, clock: self._find(client, clock, past), deletions, op.id
             )
         except RemoteProtocolError as error:
             raise Refused(str(error)) from None
@@ -410,8 +395,8 @@ class Graph:
 
     def _find(self, client: int, clock: int, past: Past | None) -> Entry | Reference:
         """The operation with an item that is known to be there. `past` None: as the document names it."""
-        branches = self.chains.get(self._clients.get(client, _NOBODY), ())
-        if len(branches) == 1 and not self.any_excluded and clock >= branches[0].start:
+        branches = self.client_ids.branches(client)
+        if len(branches) == 1 and not self.any_renamed and clock >= branches[0].start:
             return branches[0].entries[bisect_right(branches[0].ends, clock)]
         renamed = self.renamed.get(client)
         if renamed is not None:
@@ -435,20 +420,22 @@ class Graph:
         if entry is not None:
             if past.get(entry.branch, -1) < entry.op.seq or clock < entry.start or end > entry.end:
                 raise Refused("it names items that are not in its past")
+            if not self._after_fork(entry.op) and not self.client_ids.shows(entry.branch, past):
+                raise NotYet("it names items under a client id that they do not have")
             return [(client, clock, length)]
         found: list[Piece] = []
         floor_end = self.floor.vector.get(client, 0)
         if clock < floor_end:
             found.append((client, clock, min(end, floor_end) - clock))
             clock = min(end, floor_end)
-        branches = self.chains.get(self._clients.get(client, _NOBODY), ())
+        branches = self.client_ids.branches(client)
         if len(branches) == 1 and clock < end:
             # The usual case: no fork, the range is in one branch.
             branch = branches[0]
             seq = past.get(branch, -1)
             if (
                 seq >= 0
-                and not self.any_excluded
+                and not self.any_renamed
                 and branch.start <= clock
                 and end <= branch.ends[seq - branch.first_seq]
             ):
@@ -469,7 +456,7 @@ class Graph:
             if each[2] is None or past.get(each[2].branch, -1) >= each[2].op.seq
         ]
         if not found:
-            if client not in self._clients and client not in self.floor.vector:
+            if not self.client_ids.branches(client) and client not in self.floor.vector:
                 raise NotYet("it names items of a client that is not known here")
             raise Refused("it names items that are not in its past")
         if len(found) > 1:
@@ -478,8 +465,11 @@ class Graph:
 
     def is_forked(self, client: int) -> bool:
         """Whether items of this client may have another name in the document."""
-        chain = self._clients.get(client)
-        return (chain is not None and self.excluded(chain[0])) or any(row[0] == client for row in self.floor.renamed)
+        return (
+            self.client_ids.may_rename(client)
+            or any(self.excluded(branch.chain[0]) for branch in self.client_ids.branches(client))
+            or any(row[0] == client for row in self.floor.renamed)
+        )
 
     def pieces(self, own: Entry, client: int, clock: int, length: int) -> list[Piece]:
         """How a range of items that the admitted operation `own` names is called in the document.
@@ -511,7 +501,7 @@ class Graph:
         floor_end = self.floor.vector.get(client, 0)
         if clock < floor_end:
             return [(client, floor_end, None)]
-        for branch in self.chains.get(self._clients.get(client, _NOBODY), ()):
+        for branch in self.client_ids.branches(client):
             entry = branch.at_clock(clock)
             if entry is not None:
                 found.append((forked_client(entry.op.id) if self.is_renamed(entry) else client, entry.end, entry))
@@ -537,11 +527,17 @@ class Graph:
 
     def is_renamed(self, entry: Entry) -> bool:
         """Whether its items have a name of their own in the document."""
-        return self.any_excluded and entry.op.kind == Kind.EDIT and self._after_fork(entry.op)
+        return (
+            self.any_renamed
+            and entry.op.kind == Kind.EDIT
+            and (entry.branch.client in self.client_ids.collided or self._after_fork(entry.op))
+        )
 
     @property
-    def any_excluded(self) -> bool:
-        return bool(self.forks or self.floor.excluded)
+    def any_renamed(self) -> bool:
+        """Whether any items may have another name in the document."""
+        ids = self.client_ids
+        return bool(self.forks or self.floor.excluded or self.floor.renamed or ids.shared or ids.collided)
 
     def _after_fork(self, op: Operation) -> bool:
         fork = self.forks.get(op.author)
@@ -553,10 +549,11 @@ class Graph:
         admission = Admission(entry)
         branches = self.chains.setdefault(op.chain, [])
         if branch not in branches:
-            branches.append(branch)
-            if len(branches) == 1:
-                self._clients[branch.client] = op.chain
+            if not branches:
                 self._instances[op.author] = self._instances.get(op.author, 0) + 1
+            branches.append(branch)
+            for other in self.client_ids.add(branch):
+                self.renamed[forked_client(other.op.id)] = other
         entry.order = self._order
         self._order += 1
         past[branch] = op.seq
@@ -573,7 +570,7 @@ class Graph:
             entry.membership = self.table.merged([entry.before], entry)
             if op.kind == Kind.REMOVE:
                 recount = self._note_removal(entry, past)
-        if self._after_fork(op):
+        if self._after_fork(op) or self.client_ids.may_rename(branch.client):
             self.renamed[forked_client(op.id)] = entry
         twin = self._twin(branch, op.seq)
         if twin is not None:
@@ -583,6 +580,7 @@ class Graph:
             self._recount(admission)
         elif not self.is_void(entry):
             self._count(entry, admission.counted)
+            admission.rebuild = self.client_ids.note_counted(admission.counted)
         if self.limbo > REPLICA_MAX_LIMBO:
             self.forget_limbo()
         return admission
@@ -677,6 +675,8 @@ class Graph:
         for entry in self.entries.values():
             if not self.is_void(entry):
                 self._count(entry, counted)
+        self.client_ids.forget_counted()
+        self.client_ids.note_counted(counted)
         now = set(counted)
         admission.rebuild = bool(before - now) or any(self.is_renamed(entry) for entry in before)
         admission.counted = sorted(now - before, key=lambda e: e.order)
@@ -702,7 +702,7 @@ class Graph:
                 branch.ends = [entry.end for entry in kept]
                 branch.past = self.past_of(kept[-1]) if kept else {}
         self.chains[chain] = [branch for branch in self.chains[chain] if branch.entries]
+        self.client_ids.cut(client_id(*chain))
         if not self.chains[chain]:
             del self.chains[chain]
-            self._clients.pop(client_id(*chain), None)
             self._instances[chain[0]] -= 1

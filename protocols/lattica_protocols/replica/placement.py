@@ -64,7 +64,8 @@ class Container(NamedTuple):
     level: int
     """Types around it: 0 for one with a name."""
     name: object
-    """What tells it apart: its name, or the client and clock of its item in the update that made it."""
+    """What tells it apart: its name, or client and clock of its item in the operation that made it, and that one's id:
+    two sides of a fork, or two chains with one client id, have items with the same client and clock."""
 
 
 class Place(NamedTuple):
@@ -133,10 +134,11 @@ class Work:
     a key it walks over what was written under that key, so over each item of a map once at most.
     """
 
-    __slots__ = ("client", "items", "last", "places", "start")
+    __slots__ = ("client", "items", "last", "maker", "places", "start")
 
-    def __init__(self, client: int, start: int) -> None:
+    def __init__(self, client: int, start: int, maker: bytes) -> None:
         self.client = client
+        self.maker = maker
         self.start = start
         self.items = self.places = 0
         self.last: dict[Place, int] = {}
@@ -151,7 +153,7 @@ class Work:
         self.last[place] = struct.clock + struct.length - 1
         if last is None:
             name = place.container.name
-            made = isinstance(name, tuple) and name[0] == self.client and name[1] >= self.start
+            made = isinstance(name, tuple) and name[::2] == (self.client, self.maker) and name[1] >= self.start
             free = placed.run is None or made
         else:
             free = struct.left == (self.client, last)
@@ -183,10 +185,12 @@ class Placement:
         self._find_from = find_from
         self._floor: dict[int, Table] | None = None
 
-    def check_untrusted(self, body: bytes, find: Find, deletions: Sequence[Piece] = ()) -> Places:
-        """Where the items of a parsed update stand, for `Entry.places`. Raises `RemoteProtocolError` when one stands
-        where it may not, and `TooMuch` when the update is too much work for yrs."""
-        placing = _Placing(body, find, self._floor_at)
+    def check_untrusted(self, body: bytes, find: Find, deletions: Sequence[Piece] = (), maker: bytes = b"") -> Places:
+        """Where the items of the parsed update of the operation `maker` stand, for `Entry.places`.
+
+        Raises `RemoteProtocolError` when one stands where it may not, and `TooMuch` when the update is too much work
+        for yrs."""
+        placing = _Placing(body, find, self._floor_at, maker)
         while True:
             try:
                 places = placing.run()
@@ -214,7 +218,7 @@ class Placement:
 
     def _learn(self, entry: Entry) -> None:
         """Fill in the table of an operation and of all that leads to it. No recursion: the way may be long."""
-        stack = [(entry, _Placing(entry.op.body, self._find_from(entry), self._floor_at))]
+        stack = [(entry, _Placing(entry.op.body, self._find_from(entry), self._floor_at, entry.op.id))]
         while stack:
             entry, placing = stack[-1]
             try:
@@ -223,7 +227,7 @@ class Placement:
                 stack.pop()
             except _Unknown as unknown:
                 entry = unknown.entry
-                stack.append((entry, _Placing(entry.op.body, self._find_from(entry), self._floor_at)))
+                stack.append((entry, _Placing(entry.op.body, self._find_from(entry), self._floor_at, entry.op.id)))
 
     def _floor_at(self, name: Reference) -> Placed:
         """An item of the checkpoint's document."""
@@ -236,8 +240,16 @@ class Placement:
 class _Placing:
     """The items of an update, placed one after the other. After `_Unknown` it goes on where it stopped."""
 
-    def __init__(self, body: bytes, find: Find, floor_at: Callable[[Reference], Placed], may_cut: bool = False) -> None:
+    def __init__(
+        self,
+        body: bytes,
+        find: Find,
+        floor_at: Callable[[Reference], Placed],
+        maker: bytes = b"",
+        may_cut: bool = False,
+    ) -> None:
         self.body = body
+        self.maker = maker
         self.find = find
         self.floor_at = floor_at
         self.may_cut = may_cut
@@ -256,7 +268,7 @@ class _Placing:
             self.clock, at = read_uint(body, at)
             self.start = self.clock
         self.at = at
-        self.work = Work(self.client, self.start)
+        self.work = Work(self.client, self.start, maker)
 
     def look(self, named: Reference) -> Placed:
         client, clock = named
@@ -274,12 +286,12 @@ class _Placing:
         table, count = self.table, self.count
         while len(table.placed) < count:
             struct, behind = read_struct(self.body, self.at, self.clock, self.own, self.client)
-            placed = place_untrusted(struct, self.client, self.look)
+            placed = place_untrusted(struct, self.client, self.look, self.maker)
             if count > 1 and not self.work.fits(struct, placed):
                 if not self.may_cut:
                     raise self.work.too_much()
                 self.cuts.append((self.at, self.clock, len(table.placed)))
-                self.work = Work(self.client, self.clock)
+                self.work = Work(self.client, self.clock, self.maker)
                 self.work.fits(struct, placed)
             table.clocks.append(self.clock)
             table.placed.append(placed)
@@ -326,7 +338,7 @@ class _Placing:
         return out
 
 
-def place_untrusted(struct: Struct, client: int, look: Callable[[Reference], Placed]) -> Placed:
+def place_untrusted(struct: Struct, client: int, look: Callable[[Reference], Placed], maker: bytes = b"") -> Placed:
     """Where an item stands, by what it names. Raises `RemoteProtocolError`."""
     if struct.kind == 0:
         return GONE
@@ -363,7 +375,7 @@ def place_untrusted(struct: Struct, client: int, look: Callable[[Reference], Pla
         return Placed(place, None, gone, run)
     if container.level >= REPLICA_MAX_NESTING:
         raise RemoteProtocolError(f"values are nested more than {REPLICA_MAX_NESTING} deep")
-    return Placed(place, Container(struct.type_number, container.level + 1, (client, struct.clock)), False, run)
+    return Placed(place, Container(struct.type_number, container.level + 1, (client, struct.clock, maker)), False, run)
 
 
 def _run_untrusted(struct: Struct, client: int, left: Placed | None, right: Placed | None) -> Run:

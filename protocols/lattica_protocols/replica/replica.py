@@ -25,9 +25,10 @@ from lattica_protocols.errors import LocalProtocolError, RemoteProtocolError
 from lattica_protocols.keys import PrivateKey
 from lattica_protocols.limits import REPLICA_MAX_PARENTS, REPLICA_MAX_UPDATE_BYTES
 from lattica_protocols.replica.checkpoint import NO_RANK, Checkpoint, Rank, vector_of
+from lattica_protocols.replica.client_ids import client_id, forked_client
 from lattica_protocols.replica.floor import COVERED_PREFIX, ChainEnd, Floor
 from lattica_protocols.replica.genesis import Genesis
-from lattica_protocols.replica.graph import Admission, Entry, Fork, Graph, client_id, forked_client
+from lattica_protocols.replica.graph import Admission, Entry, Fork, Graph
 from lattica_protocols.replica.operation import Kind, Operation
 from lattica_protocols.replica.plain import apply_untrusted, document_value, same_value
 from lattica_protocols.replica.short_form import RowReader
@@ -166,6 +167,8 @@ class Replica:
             start = self.graph.clock_before(op)
             admission = self.graph.admit(op, None, span=(start, start + items))
             self._apply(admission, save=False, document=number > contained)
+            if admission.rebuild:
+                contained = 0  # the document was made anew, of the operations up to here
         if number < contained:
             self._rebuild()
         for head in self.graph.heads & self.graph.entries.keys():
@@ -201,7 +204,7 @@ class Replica:
             return  # our own edit: it is in the document already
         body = entry.op.body
         graph = self.graph
-        if graph.any_excluded:
+        if graph.any_renamed:
             parsed = parse_update_untrusted(body)
             if graph.is_renamed(entry) and parsed.end > parsed.start:
                 apply_untrusted(self.doc, filler(forked_client(entry.op.id), parsed.start))
@@ -305,13 +308,16 @@ class Replica:
             raise LocalProtocolError(reason)
         assert self.key is not None
         chain = (self.key.public_key.data, self.instance)
-        branches = self.graph.chains.get(chain, [])
-        if any(not branch.entries[-1].counted for branch in branches):
-            # Operations of ours are void (we were removed, and granted again). To go on from before them would be a
-            # fork, to build on them would bring them back.
+        void = any(not branch.entries[-1].counted for branch in self.graph.chains.get(chain, ()))
+        lost = any(op.chain == chain for op in self.lost)
+        if void or lost or self.graph.client_ids.is_taken(chain):
+            # Operations of ours are void (we were removed, and granted again), or a checkpoint left them out: to go on
+            # from before them would be a fork, to build on void ones would bring them back. Or another chain has our
+            # client id, and items of both have others.
             if self._rng is None:
-                raise LocalProtocolError("the last operations of this chain are void, and there is no other instance")
-            self.instance = self._rng.getrandbits(32)
+                raise LocalProtocolError("this chain is void, lost or collides, and there is no other instance")
+            while self.graph.client_ids.is_taken((chain[0], self.instance)) or self.instance == chain[1]:
+                self.instance = self._rng.getrandbits(32)
             self._rebuild()
 
     def _write_edit(self, body: bytes, unix_now: float) -> list[Operation]:

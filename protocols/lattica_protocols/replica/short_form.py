@@ -24,8 +24,9 @@ from typing import NamedTuple
 
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.limits import REPLICA_BATCH_OPERATIONS, REPLICA_MAX_PARENTS
+from lattica_protocols.replica.client_ids import client_id
 from lattica_protocols.replica.errors import NotYet
-from lattica_protocols.replica.graph import Chain, client_id
+from lattica_protocols.replica.graph import Chain
 from lattica_protocols.replica.operation import Operation
 from lattica_protocols.varint import decode_uvarint_untrusted, encode_uvarint
 

@@ -123,7 +123,7 @@ class ReplicaSync(Generic[Peer]):
         self._pending: OrderedDict[bytes, tuple[Operation, Peer]] = OrderedDict()
         self._pending_bytes = 0
         self._pending_of: Counter[Peer] = Counter()
-        self._waiting: dict[bytes, set[bytes]] = {}
+        self._waiting: dict[bytes, dict[bytes, None]] = {}
         """Missing parent: operations that wait for it."""
         self._wanted: dict[bytes, float] = {}
         self._refused: OrderedDict[bytes, None] = OrderedDict()
@@ -446,7 +446,7 @@ class ReplicaSync(Generic[Peer]):
             self._pending_bytes += len(op.encoded)
             self._pending_of[peer] += 1
             for parent in missing:
-                self._waiting.setdefault(parent, set()).add(op.id)
+                self._waiting.setdefault(parent, {})[op.id] = None
             if self._pending_of[peer] > REPLICA_MAX_PENDING_PER_PEER:
                 self._drop_pending(next(key for key, (_, source) in self._pending.items() if source == peer))
             while len(self._pending) > REPLICA_MAX_PENDING or self._pending_bytes > REPLICA_MAX_PENDING_BYTES:
@@ -470,7 +470,7 @@ class ReplicaSync(Generic[Peer]):
         for parent in op.parents:
             waiting = self._waiting.get(parent)
             if waiting is not None:
-                waiting.discard(key)
+                waiting.pop(key, None)
                 if not waiting:
                     del self._waiting[parent]
 
