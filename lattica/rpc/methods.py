@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 from lattica.errors import RemoteError
 from lattica.rpc.status import message_of
+from lattica_protocols.limits import RPC_MAX_VALUE
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -63,6 +64,9 @@ class Method:
     gives_stream: bool
     """SERVER_STREAM: the method yields."""
 
+    max_value: int = RPC_MAX_VALUE
+    """Bytes of msgpack that an argument or an item may have; see `decode_value_untrusted`."""
+
     def fits_with_stream(self, reader: object, args: list[Any], kwargs: dict[str, Any]) -> bool:
         """Without `@client_streaming`: whether an argument is missing that the stream of items can be."""
         asynchronous = self.style in (Style.TASK, Style.TASK_STREAM)
@@ -90,8 +94,8 @@ def run_in_thread(function: Callable[..., Any], /, *args: Any, **kwargs: Any) ->
         raise RemoteError(message_of(error), type(error).__name__) from error
 
 
-def methods_of(service: object) -> dict[str, Method]:
-    """The methods of an object, or of a mapping from name to function.
+def methods_of(service: object, max_value: int = RPC_MAX_VALUE) -> dict[str, Method]:
+    """The methods of an object, or of a mapping from name to function; `max_value` for each of them.
 
     Raises `ValueError` when there is none, or when a decorator does not fit the function.
     """
@@ -99,7 +103,7 @@ def methods_of(service: object) -> dict[str, Method]:
         found = {str(name): function for name, function in service.items()}
     else:
         found = {name: getattr(service, name) for name in _public_functions(type(service))}
-    methods = {name: _method(name, function) for name, function in found.items() if not name.startswith("_")}
+    methods = {name: _method(name, function, max_value) for name, function in found.items() if not name.startswith("_")}
     if not methods:
         raise ValueError(f"{service!r} has no public methods to offer")
     return methods
@@ -116,7 +120,7 @@ def _public_functions(cls: type) -> list[str]:
     return names
 
 
-def _method(name: str, function: Callable[..., Any]) -> Method:
+def _method(name: str, function: Callable[..., Any], max_value: int) -> Method:
     if not callable(function):
         raise ValueError(f"{name} cannot be called: it is a {type(function).__name__}")
     inline = getattr(function, "__lattica_nonblocking__", False)
@@ -134,7 +138,8 @@ def _method(name: str, function: Callable[..., Any]) -> Method:
         raise ValueError(f"{name} is marked nonblocking, which is for a plain def")
     if takes_stream and style not in (Style.TASK, Style.TASK_STREAM):
         raise ValueError(f"{name} is marked client_streaming, which is for async methods")
-    return Method(function, style, takes_stream, style in (Style.TASK_STREAM, Style.THREAD_STREAM))
+    gives_stream = style in (Style.TASK_STREAM, Style.THREAD_STREAM)
+    return Method(function, style, takes_stream, gives_stream, max_value)
 
 
 def _unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -65,7 +65,7 @@ class InboundCall(Job):
         call.owner = self
         streams = call.flags & (CLIENT_STREAM | SERVER_STREAM)
         try:
-            self._args, self._kwargs = decode_args_untrusted(head, tail, call.flags)
+            self._args, self._kwargs = decode_args_untrusted(head, tail, call.flags, self._method.max_value)
         except (RemoteProtocolError, LocalProtocolError) as error:
             self._refuse(f"the arguments of {call.method}: {error}")
             return False
@@ -83,7 +83,7 @@ class InboundCall(Job):
         if method.takes_stream and not streams & CLIENT_STREAM:
             self._refuse(f"{call.method} takes a stream of items: open_call it and send")
             return False
-        self._reader = ItemReader(self._channel, call)
+        self._reader = ItemReader(self._channel, call, method.max_value)
         self._writer = ItemWriter(self._channel, call)
         if streams & CLIENT_STREAM:
             if method.takes_stream or method.fits_with_stream(self._reader, self._args, self._kwargs):

@@ -106,6 +106,10 @@ RPC_MAX_VALUE = 16 << 20
 """msgpack that stands in the tail because it does not fit into a head. Whoever has more sends arrays or a
 stream; each element costs the reader about 50 bytes of objects."""
 
+RPC_MAX_DAEMON_VALUE = 64 << 10
+"""The same for services that the daemon itself serves to strangers, in its event loop: as much as a head may have.
+Their arguments are numbers and bytes; bytes and arrays stand in the tail and do not count."""
+
 RPC_MAX_ARRAY = 1 << 20
 """Elements of one msgpack array: msgpack reserves 8 bytes per claimed element before it sees the first."""
 

@@ -363,6 +363,16 @@ def test_other_peers_cannot_call_the_control_service(pair: tuple[Process, Proces
     assert first.json("id")["peer_id"] == first.peer_id
 
 
+def test_what_the_daemon_serves_itself_takes_no_long_values(pair: tuple[Process, Process]) -> None:
+    """A million strings, decoded in the event loop, would hold up everybody else."""
+    first, second = pair
+    with lattica.connect(home=second.home) as lat:
+        for method in ("bench.echo", "lattica.services"):
+            with pytest.raises(lattica.InvalidArgument, match="over the limit"):
+                lat.call(first.peer_id, method, ["x"] * 1_000_000, timeout=30)
+        assert bytes(lat.call(first.peer_id, "bench.echo", bytes(1 << 20), timeout=30)) == bytes(1 << 20)
+
+
 def test_the_bench_measures_the_path(pair: tuple[Process, Process]) -> None:
     first, second = pair
     figures = second.json("bench", first.peer_id, "--seconds", "0.2")
