@@ -56,6 +56,13 @@ MAX_IDENTIFY_SENT_BYTES = 4096
 MAX_IDENTIFY_MESSAGES = 10
 """As go-libp2p (maxMessages): a large identify is sent in parts that are merged."""
 
+IDENTIFY_PUSH_BURST = 32
+"""Pushes that a peer may send at once on one connection: one for each address that comes or goes while a laptop changes
+its network, and for each service that is offered at a start. Reading one takes 2 to 4 ms, signature included."""
+
+IDENTIFY_PUSHES_PER_SECOND = 1.0
+"""Pushes in the long run. Whoever has more to say is asked once the burst is over, so nothing of it is lost."""
+
 MAX_IDENTIFY_ADDRS = 256
 """Go keeps 500 of connected peers; a node with 20 interfaces and 5 transports has 100."""
 
