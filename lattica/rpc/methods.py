@@ -73,14 +73,22 @@ class Method:
         return asynchronous and not self.accepts(args, kwargs) and self.accepts([reader, *args], kwargs)
 
     def accepts(self, args: list[Any], kwargs: dict[str, Any]) -> bool:
-        """Whether the arguments fit the signature. Slow: asked only after a TypeError."""
+        """Whether the arguments fit the signature."""
+        return self.misfit(args, kwargs) is None
+
+    def misfit(self, args: list[Any], kwargs: dict[str, Any]) -> str | None:
+        """Why the arguments do not fit the signature, in the caller's terms: what the function is called here and what
+        comes before the caller's first argument is nobody's business. Slow: asked only after a TypeError."""
         try:
-            inspect.signature(self.function).bind(*args, **kwargs)
-        except TypeError:
-            return False
+            signature = inspect.signature(self.function)
         except ValueError:  # a built-in without a signature
-            return True
-        return True
+            return None
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            names = [f"*{name}" if p.kind is p.VAR_POSITIONAL else name for name, p in signature.parameters.items()]
+            return f"{error}; the arguments are ({', '.join(names)})"
+        return None
 
 
 def run_in_thread(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:

@@ -14,7 +14,7 @@ from lattica.rpc.channel import Speaker
 from lattica.rpc.items import ItemReader, ItemWriter
 from lattica.rpc.methods import Method, Style, run_in_thread
 from lattica.rpc.pool import Job
-from lattica.rpc.status import message_of, status_of
+from lattica.rpc.status import status_of
 from lattica_protocols.errors import LocalProtocolError, RemoteProtocolError
 from lattica_protocols.rpc.calls import Call
 from lattica_protocols.rpc.frames import (
@@ -178,8 +178,8 @@ class InboundCall(Job):
         machine = self._channel.machine
         if isinstance(error, LocalProtocolError):
             machine.fail(self._call, RESOURCE_EXHAUSTED, "InvalidResult", f"the result: {error}")
-        elif isinstance(error, TypeError) and not self._method.accepts(self._args, self._kwargs):
-            machine.fail(self._call, INVALID_ARGUMENT, "InvalidArgument", message_of(error))
+        elif isinstance(error, TypeError) and (misfit := self._method.misfit(self._args, self._kwargs)) is not None:
+            machine.fail(self._call, INVALID_ARGUMENT, "InvalidArgument", f"{self._call.method}: {misfit}")
         else:
             machine.fail(self._call, *status_of(error))
         self._channel.flush()

@@ -355,6 +355,29 @@ def test_a_method_is_called_from_the_shell(pair: tuple[Process, Process]) -> Non
         assert len(wrong.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("arguments", [[], ["1"], ["1", "2", "3"]])
+def test_wrong_arguments_are_told_in_the_callers_terms(pair: tuple[Process, Process], arguments: list[str]) -> None:
+    """Not with the names of our classes, and counted without the object behind the method."""
+    first, second = pair
+
+    class Adder:
+        def add(self, a: int, b: int) -> int:
+            return a + b
+
+    with lattica.connect(home=first.home) as worker:
+        worker.serve("sums", Adder())
+        done = second.cli("rpc", "call", first.peer_id, "sums.add", *arguments)
+        assert done.returncode == 1
+        assert len(done.stderr.splitlines()) == 1
+        assert "sums.add: " in done.stderr
+        assert "the arguments are (a, b)" in done.stderr
+        assert "Adder" not in done.stderr
+    done = second.cli("rpc", "call", first.peer_id, "lattica.services", *arguments, "1")
+    assert done.returncode == 1
+    assert "lattica.services: too many positional arguments; the arguments are ()" in done.stderr
+    assert "_for_peers" not in done.stderr
+
+
 def test_other_peers_cannot_call_the_control_service(pair: tuple[Process, Process]) -> None:
     first, second = pair
     done = second.cli("rpc", "call", first.peer_id, "daemon.shutdown")
