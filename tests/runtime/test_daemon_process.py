@@ -290,6 +290,17 @@ def test_content_goes_across_by_its_id(pair: tuple[Process, Process], tmp_path: 
     assert "blobs" in second.json("blobs", "gc")
 
 
+def test_a_file_without_a_size_is_refused(pair: tuple[Process, Process], tmp_path: Path) -> None:
+    """Those of /proc have none, and content all the same: what was shared was an empty blob."""
+    first, _ = pair
+    done = first.cli("share", "/proc/cpuinfo")
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert "/proc/cpuinfo has no size, but content: copy it" in done.stderr
+    (tmp_path / "empty").touch()
+    assert first.json("share", str(tmp_path / "empty"))["bytes"] == 0
+
+
 def test_a_damaged_file_is_found_by_verify(pair: tuple[Process, Process], tmp_path: Path) -> None:
     first, _ = pair
     file = tmp_path / "damaged.bin"
