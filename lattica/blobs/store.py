@@ -16,7 +16,6 @@ content id.
 
 from __future__ import annotations
 
-import tempfile
 import threading
 import time
 from collections import OrderedDict
@@ -28,6 +27,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from lattica.blobs.catalog import Catalog, Row
 from lattica.blobs.files import FileIdentity, storage_errors
+from lattica.blobs.temporary import temporary_directory
 from lattica.errors import ContentCorrupt, ContentNotFound
 from lattica_protocols.blobs.chunk_set import ChunkSet
 from lattica_protocols.blobs.manifest import (
@@ -128,9 +128,8 @@ class BlobStore:
     def open(cls, home: Path | None) -> Iterator[BlobStore]:
         """The store of a home directory, in `home/blobs`; `None`: one in a temporary directory, gone afterwards."""
         if home is None:
-            with tempfile.TemporaryDirectory(prefix="lattica-blobs-") as directory:
-                with closing(cls(Path(directory))) as store:
-                    yield store
+            with temporary_directory() as directory, closing(cls(directory)) as store:
+                yield store
         else:
             with closing(cls(home / "blobs")) as store:
                 yield store

@@ -19,6 +19,7 @@ import trio
 from lattica.blobs import BlobStore
 from lattica.blobs.part import PartFile, part_path
 from lattica.blobs.source_stream import ChunkBuffers
+from lattica.blobs.temporary import PREFIX
 from lattica.errors import StorageError, StorageFull
 from lattica.node import NodeConfig, open_node
 from lattica_protocols.blobs.manifest import BlobManifest, make_blob
@@ -218,6 +219,39 @@ def test_a_temporary_store_leaves_nothing_behind() -> None:
         directory = store.directory
         assert directory.is_dir()
     assert not directory.exists()
+
+
+HOLDER = """
+import sys
+from lattica.blobs import BlobStore
+with BlobStore.open(None) as store:
+    print(store.directory, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_temporary_stores_of_killed_processes_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no others: those of processes that run, of this one, and what only looks like one."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / f"{PREFIX}link").symlink_to(tmp_path / "elsewhere")
+    children = []
+    for _ in range(2):
+        command = [sys.executable, "-c", HOLDER]
+        child = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert child.stdout is not None
+        children.append((child, Path(child.stdout.readline().strip())))
+    (killed, abandoned), (running, held) = children
+    killed.kill()
+    killed.communicate()
+    assert (abandoned / "catalog.sqlite").exists()
+    with BlobStore.open(None) as first, BlobStore.open(None) as second:
+        assert not abandoned.exists()
+        for directory in (held, first.directory, second.directory):
+            assert (directory / "catalog.sqlite").exists()
+    running.communicate()
+    assert {path.name for path in tmp_path.iterdir()} == {"elsewhere", f"{PREFIX}link"}
 
 
 @pytest.mark.parametrize("place", ["disk", "memory"])
