@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import trio
 
+from lattica.damaged_database import check_database, is_damage, move_aside
 from lattica.errors import ConfigError, StorageFull
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.kad.store import ProviderRecord, ValueRecord
@@ -111,10 +112,10 @@ class Datastore:
         moved = None
         try:
             connection = _connect(path)
-        except sqlite3.OperationalError as error:
-            raise ConfigError(f"home: cannot open {path}: {error}") from None
-        except sqlite3.DatabaseError as error:
-            moved = _move_aside(path)
+        except sqlite3.Error as error:
+            if not is_damage(error):
+                raise ConfigError(f"home: cannot open {path}: {error}") from None
+            moved = move_aside(path)
             log.error("database_damaged path=%s error=%s moved_to=%s", path, error, moved)
             connection = _connect(path)
         except OSError as error:
@@ -290,9 +291,7 @@ def _connect(path: Path | None) -> sqlite3.Connection:
     try:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = NORMAL")
-        verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if verdict != "ok":
-            raise sqlite3.DatabaseError(verdict)
+        check_database(connection)
         _migrate(connection, path)
     except (sqlite3.Error, ConfigError):
         connection.close()
@@ -306,16 +305,6 @@ def _migrate(connection: sqlite3.Connection, path: Path | None) -> None:
         raise ConfigError(f"home: {path} was written by a newer version of lattica (schema {version})")
     for number, script in enumerate(MIGRATIONS[version:], version + 1):
         connection.executescript(f"BEGIN; {script}; PRAGMA user_version = {number}; COMMIT;")
-
-
-def _move_aside(path: Path) -> Path:
-    number = 1
-    while (target := path.with_name(f"{path.name}.damaged-{number}")).exists():
-        number += 1
-    path.rename(target)
-    for suffix in ("-wal", "-shm"):  # they belong to the damaged file
-        path.with_name(path.name + suffix).unlink(missing_ok=True)
-    return target
 
 
 def _pack_addrs(addrs: Iterable[Multiaddr]) -> bytes:

@@ -90,9 +90,10 @@ class Daemon:
                 self.traffic.add(event.connection)
 
     def store_summary(self) -> dict[str, Any]:
-        """`{blobs, bytes}` of what is complete in the content store."""
-        blobs = [blob for blob in self.node.blobs.store.list() if blob.complete]
-        return {"blobs": len(blobs), "bytes": sum(blob.bytes for blob in blobs)}
+        """`{blobs, bytes, damaged}` of what is complete in the content store."""
+        store = self.node.blobs.store
+        blobs = [blob for blob in store.list() if blob.complete]
+        return {"blobs": len(blobs), "bytes": sum(blob.bytes for blob in blobs), "damaged": store.catalog.damaged}
 
     def spaces_summary(self) -> dict[str, Any]:
         """`{spaces, operations, bytes, damaged}` of the replicated state here."""

@@ -32,6 +32,7 @@ from typing import Self
 
 from blake3 import blake3
 
+from lattica.damaged_database import check_database, is_damage, move_aside
 from lattica.errors import ConfigError, StorageError, StorageFull
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.replica.genesis import Genesis, space_text
@@ -110,10 +111,10 @@ class SpaceStore:
         damage = None
         try:
             connection = _connect(path)
-        except sqlite3.OperationalError as error:
-            raise ConfigError(f"home: cannot open {path}: {error}") from None
-        except sqlite3.DatabaseError as error:
-            damage = (error, _move_aside(path))
+        except sqlite3.Error as error:
+            if not is_damage(error):
+                raise ConfigError(f"home: cannot open {path}: {error}") from None
+            damage = (error, move_aside(path))
             connection = _connect(path)
         store = cls(connection, path)
         if damage is not None:
@@ -334,9 +335,7 @@ def _connect(path: Path | None) -> sqlite3.Connection:
     try:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = NORMAL")
-        verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if verdict != "ok":
-            raise sqlite3.DatabaseError(verdict)
+        check_database(connection)
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         if version > VERSION:
             raise ConfigError(f"home: {path} was written by a newer version of lattica (schema {version})")
@@ -354,16 +353,6 @@ def _checked_snapshot(row: tuple[int, bytes] | None) -> tuple[int, bytes]:
     if row is None or blake3(row[1][32:]).digest() != row[1][:32]:
         return 0, b""
     return row[0], row[1][32:]
-
-
-def _move_aside(path: Path) -> Path:
-    number = 1
-    while (target := path.with_name(f"{path.name}.damaged-{number}")).exists():
-        number += 1
-    path.rename(target)
-    for suffix in ("-wal", "-shm"):  # they belong to the damaged file
-        path.with_name(path.name + suffix).unlink(missing_ok=True)
-    return target
 
 
 def _read_list(path: Path) -> list[Genesis]:
