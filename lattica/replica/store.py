@@ -14,8 +14,9 @@ sign its sequence number twice. (A power cut, unlike a kill, can lose the last t
     lost         space number, data                     own operations that a checkpoint left out
     signed       space number, header                   the checkpoint we signed last as one of a quorum
 
-Beside it stands `spaces.json`, the genesis of each. When the database is damaged it is renamed, and the spaces are
-fetched from other members again: what only this member had is lost, and the log and `Store.damaged` say so.
+Beside it stands `spaces.json`, the genesis of each. When the database is damaged it is renamed; then, and when it lacks
+a space of that list, the spaces are fetched from other members again: what only this member had is lost, and the log
+and `Store.damaged` say so.
 """
 
 from __future__ import annotations
@@ -119,6 +120,8 @@ class SpaceStore:
         store = cls(connection, path)
         if damage is not None:
             store._note_damage(*damage)
+        else:
+            store._compare_with_list()
         return store
 
     def _note_damage(self, error: Exception, moved: Path) -> None:
@@ -129,6 +132,21 @@ class SpaceStore:
             f"another member are lost; fetched again from other members: {names}"
         )
         log.error("spaces_damaged moved_to=%s spaces=%d error=%s", moved, len(self.to_restore), error)
+
+    def _compare_with_list(self) -> None:
+        """The database may be sound and yet not the one that was here: deleted, emptied, or without its log."""
+        known = {row[0] for row in self._connection.execute("SELECT space FROM spaces")}
+        listed = _read_list(self._list_path()) if self._list_path().exists() else []
+        self.to_restore = [genesis for genesis in listed if genesis.id not in known]
+        if self.to_restore:
+            names = ", ".join(f"{genesis.name} ({space_text(genesis.id)})" for genesis in self.to_restore)
+            self.damaged = (
+                f"the database of the spaces had lost {names}: its file or its log (spaces.db-wal) was deleted or cut; "
+                "edits that had not reached another member are lost, the rest is fetched again from other members"
+            )
+            log.error("spaces_missing path=%s spaces=%d", self.path, len(self.to_restore))
+        if known - {genesis.id for genesis in listed}:
+            self._write_list()
 
     def note_partly_lost(self, genesis: Genesis, missing: int, error: Exception) -> None:
         """Rows of a space could not be read back: `missing` operations."""
@@ -219,11 +237,12 @@ class SpaceStore:
         """Forget a space."""
         number = self._numbers.pop(space)
         self._rows.pop(number, None)
+        self.to_restore = [genesis for genesis in self.to_restore if genesis.id != space]
+        self._write_list(without=space)  # first: what stands in the list and not here counts as lost
         with _Writing(self._connection):
             self._connection.execute(f"DELETE FROM operations WHERE {_IN_SPACE}", _places(number))
             for table in ("forks", "checkpoints", "snapshots", "lost", "signed", "spaces"):
                 self._connection.execute(f"DELETE FROM {table} WHERE number = ?", (number,))
-        self._write_list()
 
     # -- contents -------------------------------------------------------------------------------------------
     def save(
@@ -291,13 +310,14 @@ class SpaceStore:
         assert self.path is not None
         return self.path.with_name("spaces.json")
 
-    def _write_list(self) -> None:
+    def _write_list(self, without: bytes = b"") -> None:
         if self.path is None:
             return
-        rows = self._connection.execute("SELECT genesis FROM spaces").fetchall()
+        rows = self._connection.execute("SELECT genesis FROM spaces WHERE space != ?", (without,)).fetchall()
+        lost = [genesis.encode() for genesis in self.to_restore if genesis.id not in self._numbers]
         temporary = self._list_path().with_suffix(".json.new")
         try:
-            temporary.write_text(json.dumps([row[0].hex() for row in rows]), "utf-8")
+            temporary.write_text(json.dumps([genesis.hex() for genesis in [*(row[0] for row in rows), *lost]]), "utf-8")
             temporary.replace(self._list_path())
         except OSError as error:
             log.warning("spaces_list_not_written path=%s error=%s", self._list_path(), error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from replica_members import deliver, genesis, member, put
 from lattica.errors import ConfigError, StorageError
 from lattica.replica.store import VERSION, SpaceStore
 from lattica_protocols.errors import RemoteProtocolError
+from lattica_protocols.replica.genesis import space_text
 from lattica_protocols.replica.operation import Operation
 from lattica_protocols.replica.replica import Replica
 
@@ -112,3 +114,53 @@ def test_a_bit_that_changed_in_a_row_is_seen(tmp_path: Path, place: int) -> None
         store._connection.execute("UPDATE operations SET data = ? WHERE data = ?", (changed, data))
         with pytest.raises(RemoteProtocolError):
             loaded(store)
+
+
+def delete(home: Path) -> None:
+    for name in ("spaces.db", "spaces.db-wal", "spaces.db-shm"):
+        (home / name).unlink(missing_ok=True)
+
+
+def empty(home: Path) -> None:
+    delete(home)
+    (home / "spaces.db").touch()
+
+
+@pytest.mark.parametrize("lose", [delete, empty])
+def test_spaces_that_the_database_lacks_are_restored(tmp_path: Path, lose: Callable[[Path], None]) -> None:
+    """A database that is gone is a sound new one, in which nothing tells that there was anything."""
+    other = genesis(1)
+    with SpaceStore.open(tmp_path) as store:
+        assert store.damaged is None
+        for space in (SPACE, other):
+            store.add(space, 7)
+    lose(tmp_path)
+    with SpaceStore.open(tmp_path) as store:
+        assert store.to_restore == [SPACE, other]
+        for space in (SPACE, other):
+            assert space_text(space.id) in (store.damaged or "")
+        store.add(SPACE, 8)  # and killed before the other one
+    with SpaceStore.open(tmp_path) as store:
+        assert store.to_restore == [other]
+        store.add(other, 8)
+        store.remove(other.id)
+    with SpaceStore.open(tmp_path) as store:
+        assert store.to_restore == []
+        assert store.damaged is None
+        assert [stored.genesis for stored in store.load()] == [SPACE]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[", b"\xff\x00"])
+def test_a_list_of_spaces_that_cannot_be_read_is_written_again(tmp_path: Path, content: bytes | None) -> None:
+    with SpaceStore.open(tmp_path) as store:
+        store.add(SPACE, 7)
+    path = tmp_path / "spaces.json"
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    with SpaceStore.open(tmp_path) as store:
+        assert store.damaged is None
+    empty(tmp_path)
+    with SpaceStore.open(tmp_path) as store:
+        assert store.to_restore == [SPACE]
