@@ -10,6 +10,7 @@ import itertools
 import logging
 import shutil
 import sqlite3
+import struct
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, Final
 
 log = logging.getLogger("lattica.datastore")
 
+_WAL_INDEX_VERSION: Final = 3_007_000
 _MOST_PAGES: Final = 1 << 20
 """4 GiB of 4 KiB each; the number in a damaged header can be any."""
 _DAMAGE: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT})
@@ -36,6 +38,30 @@ def is_damage(error: sqlite3.Error) -> bool:
     if code is None:  # from check_database
         return isinstance(error, sqlite3.DatabaseError)
     return code & 0xFF in _DAMAGE or "unsupported file format" in str(error)
+
+
+def logged_frames(path: Path) -> int:
+    """How many frames the write-ahead log had that are not in the database yet, by the index beside it (`-shm`): 0
+    after an orderly end, which removes both. To be asked before the database is opened.
+
+    The index (https://sqlite.org/walformat.html, in the byte order of the machine): its header of 48 bytes twice, with
+    the version at 0 and the frames at 16; at 96 the frames that the database has already.
+    """
+    try:
+        with path.with_name(path.name + "-shm").open("rb") as file:
+            index = file.read(100)
+    except FileNotFoundError:
+        return 0
+    if len(index) < 100 or index[:48] != index[48:96]:
+        return 0
+    version, *_, frames = struct.unpack_from("=5I", index)
+    (stored,) = struct.unpack_from("=I", index, 96)
+    return int(frames) if version == _WAL_INDEX_VERSION and stored < frames else 0
+
+
+def log_was_cut(connection: sqlite3.Connection, frames: int) -> bool:
+    """Whether fewer frames than `logged_frames` told could be read: SQLite takes the others for never written."""
+    return bool(frames and connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()[1] < frames)
 
 
 def move_aside(path: Path) -> Path:

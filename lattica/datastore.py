@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import trio
 
-from lattica.damaged_database import check_database, is_damage, move_aside
+from lattica.damaged_database import check_database, is_damage, log_was_cut, logged_frames, move_aside
 from lattica.errors import ConfigError, StorageFull
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.kad.store import ProviderRecord, ValueRecord
@@ -108,18 +108,20 @@ class Datastore:
         it was written by a newer version.
         """
         if path is None:
-            return cls(_connect(None), None)
+            return cls(_connect(None)[0], None)
         moved = None
         try:
-            connection = _connect(path)
+            connection, cut = _connect(path)
         except sqlite3.Error as error:
             if not is_damage(error):
                 raise ConfigError(f"home: cannot open {path}: {error}") from None
             moved = move_aside(path)
             log.error("database_damaged path=%s error=%s moved_to=%s", path, error, moved)
-            connection = _connect(path)
+            connection, cut = _connect(path)
         except OSError as error:
             raise ConfigError(f"home: cannot open {path}: {error.strerror}") from None
+        if cut:
+            log.error("database_log_cut path=%s", path)
         store = cls(connection, path)
         store.moved_aside = moved
         return store
@@ -283,7 +285,9 @@ class Datastore:
 
 
 # -- the file -------------------------------------------------------------------------------------------------------
-def _connect(path: Path | None) -> sqlite3.Connection:
+def _connect(path: Path | None) -> tuple[sqlite3.Connection, bool]:
+    """The connection, and whether the write-ahead log lost what it had."""
+    frames = 0 if path is None else logged_frames(path)
     if path is not None:
         # Created by us so that nobody else can read it; SQLite gives its WAL file the same mode.
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
@@ -291,12 +295,13 @@ def _connect(path: Path | None) -> sqlite3.Connection:
     try:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = NORMAL")
+        cut = log_was_cut(connection, frames)  # before anything is written into it
         check_database(connection)
         _migrate(connection, path)
     except (sqlite3.Error, ConfigError):
         connection.close()
         raise
-    return connection
+    return connection, cut
 
 
 def _migrate(connection: sqlite3.Connection, path: Path | None) -> None:

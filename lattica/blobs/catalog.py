@@ -14,7 +14,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lattica.blobs.files import FileIdentity, storage_errors
-from lattica.damaged_database import check_database, is_damage, move_aside, readable_rows
+from lattica.damaged_database import (
+    check_database,
+    is_damage,
+    log_was_cut,
+    logged_frames,
+    move_aside,
+    readable_rows,
+)
 from lattica.errors import StorageError, StorageFull
 
 if TYPE_CHECKING:
@@ -90,11 +97,14 @@ class Catalog:
             self._replace_damaged(error)
 
     def _connect(self) -> sqlite3.Connection:
+        frames = logged_frames(self._path)
         db = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None, timeout=5.0)
         try:
             db.execute("PRAGMA journal_mode=WAL")
             db.execute("PRAGMA synchronous=NORMAL")
             db.execute("PRAGMA cache_size=-1024")
+            if log_was_cut(db, frames):  # before anything is written into it
+                self._note_log_cut()
             check_database(db)
             version = db.execute("PRAGMA user_version").fetchone()[0]
             if version > SCHEMA_VERSION:
@@ -105,6 +115,13 @@ class Catalog:
             db.close()
             raise
         return db
+
+    def _note_log_cut(self) -> None:
+        self.damaged = (
+            f"the log of the content store's catalog ({self._path.name}-wal) was cut or damaged, its last changes are "
+            "lost. Files themselves are as they were: share or get again what 'lattica blobs list' lacks"
+        )
+        log.error("catalog_log_cut path=%s", self._path)
 
     def _replace_damaged(self, damage: sqlite3.Error) -> None:
         with storage_errors(self._path):

@@ -33,7 +33,7 @@ from typing import Self
 
 from blake3 import blake3
 
-from lattica.damaged_database import check_database, is_damage, move_aside
+from lattica.damaged_database import check_database, is_damage, log_was_cut, logged_frames, move_aside
 from lattica.errors import ConfigError, StorageError, StorageFull
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.replica.genesis import Genesis, space_text
@@ -107,21 +107,23 @@ class SpaceStore:
     def open(cls, home: Path | None) -> SpaceStore:
         """Open or create `spaces.db` in `home`; `None` keeps everything in memory. Raises `ConfigError`."""
         if home is None:
-            return cls(_connect(None), None)
+            return cls(_connect(None)[0], None)
         path = home / "spaces.db"
         damage = None
         try:
-            connection = _connect(path)
+            connection, cut = _connect(path)
         except sqlite3.Error as error:
             if not is_damage(error):
                 raise ConfigError(f"home: cannot open {path}: {error}") from None
             damage = (error, move_aside(path))
-            connection = _connect(path)
+            connection, cut = _connect(path)
         store = cls(connection, path)
         if damage is not None:
             store._note_damage(*damage)
         else:
             store._compare_with_list()
+            if cut:
+                store._note_log_cut()
         return store
 
     def _note_damage(self, error: Exception, moved: Path) -> None:
@@ -147,6 +149,23 @@ class SpaceStore:
             log.error("spaces_missing path=%s spaces=%d", self.path, len(self.to_restore))
         if known - {genesis.id for genesis in listed}:
             self._write_list()
+
+    def _note_log_cut(self) -> None:
+        """The last transactions are gone. We go on in chains that nobody has seen: others may have operations of ours
+        that are missing here, and whoever signs a number twice is excluded for it."""
+        rows = self._connection.execute("SELECT space FROM spaces").fetchall()
+        if not rows:
+            return  # every space is restored
+        with _Writing(self._connection):
+            for (space,) in rows:
+                instance = int.from_bytes(os.urandom(4), "big")
+                self._connection.execute("UPDATE spaces SET instance = ? WHERE space = ?", (instance, space))
+        text = (
+            "the log of the database of the spaces (spaces.db-wal) was cut or damaged: the last edits are lost "
+            "where they had not reached another member, and fetched again where they had"
+        )
+        self.damaged = text if self.damaged is None else f"{self.damaged}; {text}"
+        log.error("spaces_log_cut path=%s spaces=%d", self.path, len(rows))
 
     def note_partly_lost(self, genesis: Genesis, missing: int, error: Exception) -> None:
         """Rows of a space could not be read back: `missing` operations."""
@@ -347,7 +366,9 @@ class _Writing:
             raise StorageError(f"the database of the spaces cannot be written: {error}") from None
 
 
-def _connect(path: Path | None) -> sqlite3.Connection:
+def _connect(path: Path | None) -> tuple[sqlite3.Connection, bool]:
+    """The connection, and whether the write-ahead log lost what it had."""
+    frames = 0 if path is None else logged_frames(path)
     if path is not None:
         # Created by us so that nobody else can read it; SQLite gives its WAL file the same mode.
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
@@ -355,6 +376,7 @@ def _connect(path: Path | None) -> sqlite3.Connection:
     try:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = NORMAL")
+        cut = log_was_cut(connection, frames)  # before anything is written into it
         check_database(connection)
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         if version > VERSION:
@@ -365,7 +387,7 @@ def _connect(path: Path | None) -> sqlite3.Connection:
     except (sqlite3.Error, ConfigError):
         connection.close()
         raise
-    return connection
+    return connection, cut
 
 
 def _checked_snapshot(row: tuple[int, bytes] | None) -> tuple[int, bytes]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -279,6 +280,17 @@ def test_a_damaged_catalog_is_replaced_and_what_can_be_read_is_kept(
         assert store.catalog.damaged is None
         assert len(store.list()) == len(shared)
     assert catalog.with_name("catalog.sqlite.damaged-1").read_bytes() == damaged
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_catalog_whose_log_is_missing_says_so(tmp_path: Path, cut: bool) -> None:
+    with store_of_many(tmp_path / "blobs"):
+        (tmp_path / "killed").mkdir()
+        for name in ("catalog.sqlite", "catalog.sqlite-shm") + (() if cut else ("catalog.sqlite-wal",)):
+            shutil.copyfile(tmp_path / "blobs" / name, tmp_path / "killed" / name)
+    with closing(BlobStore(tmp_path / "killed")) as store:
+        assert (len(store.list()) < 300) is cut
+        assert ("catalog.sqlite-wal" in (store.catalog.damaged or "")) is cut
 
 
 def test_rows_of_a_catalog_that_make_no_sense_are_skipped(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -164,3 +165,48 @@ def test_a_list_of_spaces_that_cannot_be_read_is_written_again(tmp_path: Path, c
     empty(tmp_path)
     with SpaceStore.open(tmp_path) as store:
         assert store.to_restore == [SPACE]
+
+
+def copied(home: Path, to: Path) -> Path:
+    """The files as a kill would leave them."""
+    to.mkdir()
+    for file in home.iterdir():
+        shutil.copyfile(file, to / file.name)
+    return to
+
+
+@pytest.mark.parametrize("damage", ["removed", "emptied", "cut", "overwritten", "none"])
+def test_a_log_that_was_cut_is_told_and_its_chain_left(tmp_path: Path, damage: str) -> None:
+    """Operations of ours may be with others and no more with us: to sign their numbers again means to be excluded."""
+    owner = member(0, SPACE)
+    (tmp_path / "home").mkdir()
+    with SpaceStore.open(tmp_path / "home") as store:
+        store.add(SPACE, 7)
+        for number in range(20):
+            edits(owner, number, number + 1)
+            saved(owner, store)
+        home = copied(tmp_path / "home", tmp_path / "killed")
+    path = home / "spaces.db-wal"
+    content = path.read_bytes()
+    half = len(content) // 2
+    if damage == "removed":
+        path.unlink()
+    elif damage != "none":
+        path.write_bytes({"emptied": b"", "cut": content[:half], "overwritten": content[:half] + bytes(half)}[damage])
+    with SpaceStore.open(home) as store:
+        stored = store.load()
+        if damage == "none":
+            assert store.damaged is None
+            assert [(len(s.operations), s.instance) for s in stored] == [(20, 7)]
+        elif damage in ("removed", "emptied"):
+            assert stored == []
+            assert store.to_restore == [SPACE]
+            assert "spaces.db-wal" in (store.damaged or "")
+        else:
+            assert 0 < len(stored[0].operations) < 20
+            assert stored[0].instance != 7
+            assert "spaces.db-wal" in (store.damaged or "")
+        home = copied(home, tmp_path / "again")
+    with SpaceStore.open(home) as store:
+        assert store.to_restore == ([SPACE] if damage in ("removed", "emptied") else [])
+        assert store.load() == stored
