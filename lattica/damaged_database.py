@@ -11,18 +11,52 @@ import logging
 import shutil
 import sqlite3
 import struct
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 log = logging.getLogger("lattica.datastore")
 
+_NO_VERSION: Final = 1000
 _WAL_INDEX_VERSION: Final = 3_007_000
 _MOST_PAGES: Final = 1 << 20
 """4 GiB of 4 KiB each; the number in a damaged header can be any."""
-_DAMAGE: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT})
+_DAMAGE: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT, sqlite3.SQLITE_ERROR})
+"""The last is what a damaged schema gives: our statements are right for the tables that we made."""
+MOVE_AWAY: Final = "move the file away to go on without what it holds"
+ADVICE: Final = f"look at the disk and the permissions, or {MOVE_AWAY}"
+
+
+@contextmanager
+def reading_damage() -> Iterator[None]:
+    """Turn the `UnicodeDecodeError` that the module raises for a message about a damaged schema into damage."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise sqlite3.DatabaseError(f"the schema is no text: {error}") from None
+
+
+def lenient_text(data: bytes) -> str:
+    """For `text_factory`: a damaged text is a wrong text, and not the end of reading."""
+    return data.decode("utf-8", "replace")
+
+
+def check_version(version: int) -> None:
+    """Raises `sqlite3.DatabaseError` for a `user_version` that no version of ours will have."""
+    if not 0 <= version < _NO_VERSION:
+        raise sqlite3.DatabaseError(f"the schema's version is {version}")
+
+
+def check_schema(connection: sqlite3.Connection, script: str) -> None:
+    """Raises `sqlite3.DatabaseError` when the file lacks a table or a column that `script` makes."""
+    with closing(sqlite3.connect(":memory:")) as model:
+        model.executescript(script)
+        for (table,) in model.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+            columns = f"PRAGMA table_info({table})"
+            if connection.execute(columns).fetchall() != model.execute(columns).fetchall():
+                raise sqlite3.DatabaseError(f"the table {table} is not the one that was made")
 
 
 def check_database(connection: sqlite3.Connection) -> None:
@@ -37,7 +71,7 @@ def is_damage(error: sqlite3.Error) -> bool:
     code = getattr(error, "sqlite_errorcode", None)
     if code is None:  # from check_database
         return isinstance(error, sqlite3.DatabaseError)
-    return code & 0xFF in _DAMAGE or "unsupported file format" in str(error)
+    return code & 0xFF in _DAMAGE
 
 
 def logged_frames(path: Path) -> int:
@@ -92,12 +126,11 @@ def readable_rows(path: Path, tables: Mapping[str, str], starts: Sequence[bytes]
             pages = min(int.from_bytes(header[28:32], "big"), _MOST_PAGES)
             file.truncate(max(copy.stat().st_size, int.from_bytes(header[16:18], "big") * pages))
         with closing(sqlite3.connect(copy)) as database:
+            database.text_factory = lenient_text
             return {table: _rows_from(database, table, column, starts) for table, column in tables.items()}
 
 
-def _rows_from(
-    database: sqlite3.Connection, table: str, column: str, starts: Sequence[bytes]
-) -> list[tuple[Any, ...]]:
+def _rows_from(database: sqlite3.Connection, table: str, column: str, starts: Sequence[bytes]) -> list[tuple[Any, ...]]:
     rows: list[tuple[Any, ...]] = []
     failed: list[str] = []
     for start, end in itertools.zip_longest(starts, starts[1:]):
@@ -106,7 +139,7 @@ def _rows_from(
                 if end is not None and isinstance(row[0], bytes) and row[0] >= end:
                     break
                 rows.append(row)  # one by one: those before an error are kept
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             failed.append(str(error))
     if failed:
         log.info("database_partly_unreadable table=%s ranges=%d error=%s", table, len(failed), failed[0])

@@ -32,7 +32,19 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import trio
 
-from lattica.damaged_database import check_database, is_damage, log_was_cut, logged_frames, move_aside
+from lattica.damaged_database import (
+    ADVICE,
+    MOVE_AWAY,
+    check_database,
+    check_schema,
+    check_version,
+    is_damage,
+    lenient_text,
+    log_was_cut,
+    logged_frames,
+    move_aside,
+    reading_damage,
+)
 from lattica.errors import ConfigError, StorageFull
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.kad.store import ProviderRecord, ValueRecord
@@ -114,7 +126,7 @@ class Datastore:
             connection, cut = _connect(path)
         except sqlite3.Error as error:
             if not is_damage(error):
-                raise ConfigError(f"home: cannot open {path}: {error}") from None
+                raise ConfigError(f"home: cannot open {path}: {error}; {ADVICE}") from None
             moved = move_aside(path)
             log.error("database_damaged path=%s error=%s moved_to=%s", path, error, moved)
             connection, cut = _connect(path)
@@ -292,12 +304,15 @@ def _connect(path: Path | None) -> tuple[sqlite3.Connection, bool]:
         # Created by us so that nobody else can read it; SQLite gives its WAL file the same mode.
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     connection = sqlite3.connect(path or ":memory:", timeout=BUSY_TIMEOUT, check_same_thread=False)
+    connection.text_factory = lenient_text
     try:
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = NORMAL")
-        cut = log_was_cut(connection, frames)  # before anything is written into it
-        check_database(connection)
-        _migrate(connection, path)
+        with reading_damage():
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = NORMAL")
+            cut = log_was_cut(connection, frames)  # before anything is written into it
+            check_database(connection)
+            _migrate(connection, path)
+            check_schema(connection, "".join(MIGRATIONS))
     except (sqlite3.Error, ConfigError):
         connection.close()
         raise
@@ -306,8 +321,11 @@ def _connect(path: Path | None) -> tuple[sqlite3.Connection, bool]:
 
 def _migrate(connection: sqlite3.Connection, path: Path | None) -> None:
     version = connection.execute("PRAGMA user_version").fetchone()[0]
+    check_version(version)
     if version > len(MIGRATIONS):
-        raise ConfigError(f"home: {path} was written by a newer version of lattica (schema {version})")
+        raise ConfigError(
+            f"home: {path} was written by a newer version of lattica (schema {version}): use that one, or {MOVE_AWAY}"
+        )
     for number, script in enumerate(MIGRATIONS[version:], version + 1):
         connection.executescript(f"BEGIN; {script}; PRAGMA user_version = {number}; COMMIT;")
 

@@ -15,12 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 from lattica.blobs.files import FileIdentity, storage_errors
 from lattica.damaged_database import (
+    ADVICE,
+    MOVE_AWAY,
     check_database,
+    check_schema,
+    check_version,
     is_damage,
+    lenient_text,
     log_was_cut,
     logged_frames,
     move_aside,
     readable_rows,
+    reading_damage,
 )
 from lattica.errors import StorageError, StorageFull
 
@@ -93,28 +99,37 @@ class Catalog:
             self._db = self._connect()
         except sqlite3.Error as error:
             if not is_damage(error):
-                raise self._error(error) from error
+                raise StorageError(f"{path}: {error}; {ADVICE}") from error
             self._replace_damaged(error)
 
     def _connect(self) -> sqlite3.Connection:
         frames = logged_frames(self._path)
         db = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None, timeout=5.0)
+        db.text_factory = lenient_text
         try:
-            db.execute("PRAGMA journal_mode=WAL")
-            db.execute("PRAGMA synchronous=NORMAL")
-            db.execute("PRAGMA cache_size=-1024")
-            if log_was_cut(db, frames):  # before anything is written into it
-                self._note_log_cut()
-            check_database(db)
-            version = db.execute("PRAGMA user_version").fetchone()[0]
-            if version > SCHEMA_VERSION:
-                raise StorageError(f"{self._path} was written by a newer version (format {version})")
-            db.executescript(_SCHEMA)
-            db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+            with reading_damage():
+                db.execute("PRAGMA journal_mode=WAL")
+                db.execute("PRAGMA synchronous=NORMAL")
+                db.execute("PRAGMA cache_size=-1024")
+                if log_was_cut(db, frames):  # before anything is written into it
+                    self._note_log_cut()
+                check_database(db)
+                self._make_tables(db)
         except (sqlite3.Error, StorageError):
             db.close()
             raise
         return db
+
+    def _make_tables(self, db: sqlite3.Connection) -> None:
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        check_version(version)
+        if version > SCHEMA_VERSION:
+            raise StorageError(
+                f"{self._path} was written by a newer version (format {version}): use that one, or {MOVE_AWAY}"
+            )
+        db.executescript(_SCHEMA)
+        db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+        check_schema(db, _SCHEMA)
 
     def _note_log_cut(self) -> None:
         self.damaged = (
@@ -199,4 +214,3 @@ class Catalog:
         if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
             return StorageFull(f"no space left for {self._path}: free some; nothing is lost")
         return StorageError(f"{self._path}: {error}")
-

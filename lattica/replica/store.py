@@ -33,7 +33,18 @@ from typing import Self
 
 from blake3 import blake3
 
-from lattica.damaged_database import check_database, is_damage, log_was_cut, logged_frames, move_aside
+from lattica.damaged_database import (
+    ADVICE,
+    MOVE_AWAY,
+    check_database,
+    check_schema,
+    check_version,
+    is_damage,
+    log_was_cut,
+    logged_frames,
+    move_aside,
+    reading_damage,
+)
 from lattica.errors import ConfigError, StorageError, StorageFull
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.replica.genesis import Genesis, space_text
@@ -114,7 +125,7 @@ class SpaceStore:
             connection, cut = _connect(path)
         except sqlite3.Error as error:
             if not is_damage(error):
-                raise ConfigError(f"home: cannot open {path}: {error}") from None
+                raise ConfigError(f"home: cannot open {path}: {error}; {ADVICE}") from None
             damage = (error, move_aside(path))
             connection, cut = _connect(path)
         store = cls(connection, path)
@@ -374,20 +385,29 @@ def _connect(path: Path | None) -> tuple[sqlite3.Connection, bool]:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     connection = sqlite3.connect(path or ":memory:", timeout=2.0, isolation_level=None, check_same_thread=False)
     try:
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = NORMAL")
-        cut = log_was_cut(connection, frames)  # before anything is written into it
-        check_database(connection)
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version > VERSION:
-            raise ConfigError(f"home: {path} was written by a newer version of lattica (schema {version})")
-        if version < VERSION:
-            steps = "".join(MIGRATIONS[each] for each in range(version, VERSION)) if version else ""
-            connection.executescript(f"BEGIN; {steps} {SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
+        with reading_damage():
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = NORMAL")
+            cut = log_was_cut(connection, frames)  # before anything is written into it
+            check_database(connection)
+            _migrate(connection, path)
+            check_schema(connection, SCHEMA)
     except (sqlite3.Error, ConfigError):
         connection.close()
         raise
     return connection, cut
+
+
+def _migrate(connection: sqlite3.Connection, path: Path | None) -> None:
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    check_version(version)
+    if version > VERSION:
+        raise ConfigError(
+            f"home: {path} was written by a newer version of lattica (schema {version}): use that one, or {MOVE_AWAY}"
+        )
+    if version < VERSION:
+        steps = "".join(MIGRATIONS[each] for each in range(version, VERSION)) if version else ""
+        connection.executescript(f"BEGIN; {steps} {SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
 
 
 def _checked_snapshot(row: tuple[int, bytes] | None) -> tuple[int, bytes]:
