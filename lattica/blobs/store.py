@@ -129,7 +129,7 @@ class BlobStore:
                 if blob.multihash.to_bytes() != row.multihash:
                     raise ValueError("the row of another blob")
             except (RemoteProtocolError, ValueError, TypeError) as error:
-                log.error("catalog_row_skipped multihash=%s error=%s", row.multihash, error)
+                log.error("catalog_row_skipped cid=%r error=%s", row.cid, error)
                 continue
             self._blobs[blob.multihash] = blob
 
