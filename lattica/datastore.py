@@ -32,6 +32,19 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import trio
 
+from lattica.damaged_database import (
+    ADVICE,
+    MOVE_AWAY,
+    check_database,
+    check_schema,
+    check_version,
+    is_damage,
+    lenient_text,
+    log_was_cut,
+    logged_frames,
+    move_aside,
+    reading_damage,
+)
 from lattica.errors import ConfigError, StorageFull
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.kad.store import ProviderRecord, ValueRecord
@@ -107,18 +120,20 @@ class Datastore:
         it was written by a newer version.
         """
         if path is None:
-            return cls(_connect(None), None)
+            return cls(_connect(None)[0], None)
         moved = None
         try:
-            connection = _connect(path)
-        except sqlite3.OperationalError as error:
-            raise ConfigError(f"home: cannot open {path}: {error}") from None
-        except sqlite3.DatabaseError as error:
-            moved = _move_aside(path)
+            connection, cut = _connect(path)
+        except sqlite3.Error as error:
+            if not is_damage(error):
+                raise ConfigError(f"home: cannot open {path}: {error}; {ADVICE}") from None
+            moved = move_aside(path)
             log.error("database_damaged path=%s error=%s moved_to=%s", path, error, moved)
-            connection = _connect(path)
+            connection, cut = _connect(path)
         except OSError as error:
             raise ConfigError(f"home: cannot open {path}: {error.strerror}") from None
+        if cut:
+            log.error("database_log_cut path=%s", path)
         store = cls(connection, path)
         store.moved_aside = moved
         return store
@@ -282,40 +297,37 @@ class Datastore:
 
 
 # -- the file -------------------------------------------------------------------------------------------------------
-def _connect(path: Path | None) -> sqlite3.Connection:
+def _connect(path: Path | None) -> tuple[sqlite3.Connection, bool]:
+    """The connection, and whether the write-ahead log lost what it had."""
+    frames = 0 if path is None else logged_frames(path)
     if path is not None:
         # Created by us so that nobody else can read it; SQLite gives its WAL file the same mode.
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     connection = sqlite3.connect(path or ":memory:", timeout=BUSY_TIMEOUT, check_same_thread=False)
+    connection.text_factory = lenient_text
     try:
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = NORMAL")
-        verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if verdict != "ok":
-            raise sqlite3.DatabaseError(verdict)
-        _migrate(connection, path)
+        with reading_damage():
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = NORMAL")
+            cut = log_was_cut(connection, frames)  # before anything is written into it
+            check_database(connection)
+            _migrate(connection, path)
+            check_schema(connection, "".join(MIGRATIONS))
     except (sqlite3.Error, ConfigError):
         connection.close()
         raise
-    return connection
+    return connection, cut
 
 
 def _migrate(connection: sqlite3.Connection, path: Path | None) -> None:
     version = connection.execute("PRAGMA user_version").fetchone()[0]
+    check_version(version)
     if version > len(MIGRATIONS):
-        raise ConfigError(f"home: {path} was written by a newer version of lattica (schema {version})")
+        raise ConfigError(
+            f"home: {path} was written by a newer version of lattica (schema {version}): use that one, or {MOVE_AWAY}"
+        )
     for number, script in enumerate(MIGRATIONS[version:], version + 1):
         connection.executescript(f"BEGIN; {script}; PRAGMA user_version = {number}; COMMIT;")
-
-
-def _move_aside(path: Path) -> Path:
-    number = 1
-    while (target := path.with_name(f"{path.name}.damaged-{number}")).exists():
-        number += 1
-    path.rename(target)
-    for suffix in ("-wal", "-shm"):  # they belong to the damaged file
-        path.with_name(path.name + suffix).unlink(missing_ok=True)
-    return target
 
 
 def _pack_addrs(addrs: Iterable[Multiaddr]) -> bytes:

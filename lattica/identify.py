@@ -10,15 +10,16 @@ from __future__ import annotations
 import contextlib
 import logging
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary, WeakSet
 
 import trio
 
 from lattica._version import __version__
-from lattica.errors import LatticaError, StreamReset
+from lattica.errors import LatticaError, PeerMisbehaved, StreamReset
 from lattica.host import PeerConnected, SelfChanged
 from lattica.peerstore import CONNECTED_TTL, PeerInfo
 from lattica_protocols.errors import ProtocolError, RemoteProtocolError
-from lattica_protocols.identify import Identify
+from lattica_protocols.identify import Identify, PushBudget
 from lattica_protocols.limits import MAX_IDENTIFY_MESSAGE_BYTES, MAX_IDENTIFY_MESSAGES
 from lattica_protocols.peer_record import PeerRecord
 
@@ -38,6 +39,8 @@ TIMEOUT = 15.0
 """Seconds for one exchange; a peer that never identifies still works, its protocols are then negotiated."""
 GRACE = 2.0
 """Seconds for further messages, once there is one, from a peer that does not end the stream."""
+AFTER_BURST = 10.0
+"""Seconds after a push that was one too many before the peer is asked instead: a question costs as much as a push."""
 AGENT = f"lattica-py/{__version__}"
 
 
@@ -49,6 +52,9 @@ class IdentifyService:
         self._protocol_version = protocol_version
         self._agent = agent
         self._sequence = 0
+        self._pushes: WeakKeyDictionary[Connection, PushBudget] = WeakKeyDictionary()
+        self._to_ask: WeakSet[Connection] = WeakSet()
+        """Connections with a push that was not read."""
         host.handle(ID_PROTOCOL, self._answer)
         host.handle(PUSH_PROTOCOL, self._receive_push)
 
@@ -90,6 +96,12 @@ class IdentifyService:
         await stream.aclose()
 
     async def _receive_push(self, stream: Stream) -> None:
+        connection = stream.connection
+        if not self._pushes.setdefault(connection, PushBudget()).take(trio.current_time()):
+            if connection not in self._to_ask:
+                self._to_ask.add(connection)
+                self._host.nursery.start_soon(self._ask_after_burst, connection)
+            raise PeerMisbehaved("too many identify pushes")
         with trio.fail_after(TIMEOUT):
             await self._learn(stream)
         await stream.aclose()
@@ -105,6 +117,14 @@ class IdentifyService:
                     stream.reset()
         except (LatticaError, ProtocolError, trio.TooSlowError) as error:
             log.debug("identify_failed peer=%s error=%s", connection.peer_id.short(), error)
+
+    async def _ask_after_burst(self, connection: Connection) -> None:
+        """What the pushes said that were not read, in one question."""
+        with trio.move_on_after(AFTER_BURST):
+            await connection.closed.wait()
+            return
+        self._to_ask.discard(connection)
+        await self._ask(connection)
 
     async def _push(self, connection: Connection) -> None:
         if PUSH_PROTOCOL not in self._host.peerstore.protocols(connection.peer_id):

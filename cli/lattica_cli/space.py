@@ -29,6 +29,8 @@ def create(
 ) -> None:
     """Make a space that this peer owns; prints its id."""
     state = State.of(ctx)
+    if not name.strip():
+        raise typer.BadParameter("the space needs a name, as in: lattica space create team.")
     writers = [str(parse_peer(text)) for text in writer]
     signers = [str(parse_peer(text)) for text in signer]
     with daemon(state) as lat:

@@ -47,6 +47,7 @@ def status(ctx: typer.Context) -> None:
             ("lookups", f"{data['dht']['peers']} peers in the routing table"),
             ("services", ", ".join(data["services"]) or "none"),
         ]
+        lines += [("damaged", text) for text in (store["damaged"], data["spaces"]["damaged"]) if text]
         for name, text in lines:
             say(f"{name:<12} {text}")
 

@@ -15,6 +15,7 @@ from lattica_daemon.home import Home
 from lattica_daemon.measured import BenchService
 from lattica_daemon.rules import PeerRules
 from lattica_daemon.settings import Settings
+from lattica_protocols.limits import RPC_MAX_DAEMON_VALUE
 from lattica_protocols.nat.behaviour import NatBehaviour
 
 if TYPE_CHECKING:
@@ -43,8 +44,9 @@ class Daemon:
         self.local: LocalServer | None = None
         self.forwarder = Forwarder(node.rpc, node.peer_id, nursery)
         self.forwarder.serve_local(SERVICE_NAME, control_methods(self))
-        node.rpc.serve("bench", BenchService())
-        node.rpc.serve("lattica", {"services": self._services_for_peers, "nat": self._nat_for_peers})
+        asked = {"services": self._services_for_peers, "nat": self._nat_for_peers}
+        node.rpc.serve("bench", BenchService(), max_value=RPC_MAX_DAEMON_VALUE)
+        node.rpc.serve("lattica", asked, max_value=RPC_MAX_DAEMON_VALUE)
 
     def stop(self, why: str) -> None:
         """Begin to drain. Safe to call twice."""
@@ -88,9 +90,10 @@ class Daemon:
                 self.traffic.add(event.connection)
 
     def store_summary(self) -> dict[str, Any]:
-        """`{blobs, bytes}` of what is complete in the content store."""
-        blobs = [blob for blob in self.node.blobs.store.list() if blob.complete]
-        return {"blobs": len(blobs), "bytes": sum(blob.bytes for blob in blobs)}
+        """`{blobs, bytes, damaged}` of what is complete in the content store."""
+        store = self.node.blobs.store
+        blobs = [blob for blob in store.list() if blob.complete]
+        return {"blobs": len(blobs), "bytes": sum(blob.bytes for blob in blobs), "damaged": store.catalog.damaged}
 
     def spaces_summary(self) -> dict[str, Any]:
         """`{spaces, operations, bytes, damaged}` of the replicated state here."""

@@ -7,17 +7,34 @@ handed out or reported as complete on the word of a row alone, so losing the las
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lattica.blobs.files import FileIdentity
+from lattica.blobs.files import FileIdentity, storage_errors
+from lattica.damaged_database import (
+    ADVICE,
+    MOVE_AWAY,
+    check_database,
+    check_schema,
+    check_version,
+    is_damage,
+    lenient_text,
+    log_was_cut,
+    logged_frames,
+    move_aside,
+    readable_rows,
+    reading_damage,
+)
 from lattica.errors import StorageError, StorageFull
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
+
+log = logging.getLogger("lattica.blobs")
 
 SCHEMA_VERSION = 1
 _SCHEMA = """
@@ -36,6 +53,12 @@ CREATE TABLE IF NOT EXISTS blobs (
     added REAL NOT NULL
 ) WITHOUT ROWID;
 """
+
+
+_TABLES = {"objects": 2, "blobs": 11}
+"""The number of columns of each."""
+_KEYS = [b"", *(bytes((0x1E, 32, first)) for first in range(256))]
+"""Where reading a damaged file begins, and begins again: BLAKE3 multihashes are spread evenly."""
 
 
 @dataclass(slots=True)
@@ -62,33 +85,79 @@ class Row:
 
 
 class Catalog:
-    """Opens (and makes) the database. `StorageError` when it cannot be used."""
+    """Opens (and makes) the database. `StorageError` when it cannot be used.
+
+    A damaged one is renamed, and what can be read of it is taken over: rows and objects are checked when they are used.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = threading.Lock()
+        self.damaged: str | None = None
+        """What happened to the file, when it was damaged."""
         try:
-            self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=5.0)
+            self._db = self._connect()
         except sqlite3.Error as error:
-            raise self._error(error) from error
-        try:
-            self._prepare()
-        except sqlite3.Error as error:
-            self._db.close()
-            raise self._error(error) from error
-        except StorageError:
-            self._db.close()
-            raise
+            if not is_damage(error):
+                raise StorageError(f"{path}: {error}; {ADVICE}") from error
+            self._replace_damaged(error)
 
-    def _prepare(self) -> None:
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=NORMAL")
-        self._db.execute("PRAGMA cache_size=-1024")
-        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+    def _connect(self) -> sqlite3.Connection:
+        frames = logged_frames(self._path)
+        db = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None, timeout=5.0)
+        db.text_factory = lenient_text
+        try:
+            with reading_damage():
+                db.execute("PRAGMA journal_mode=WAL")
+                db.execute("PRAGMA synchronous=NORMAL")
+                db.execute("PRAGMA cache_size=-1024")
+                if log_was_cut(db, frames):  # before anything is written into it
+                    self._note_log_cut()
+                check_database(db)
+                self._make_tables(db)
+        except (sqlite3.Error, StorageError):
+            db.close()
+            raise
+        return db
+
+    def _make_tables(self, db: sqlite3.Connection) -> None:
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        check_version(version)
         if version > SCHEMA_VERSION:
-            raise StorageError(f"{self._path} was written by a newer version (format {version})")
-        self._db.executescript(_SCHEMA)
-        self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+            raise StorageError(
+                f"{self._path} was written by a newer version (format {version}): use that one, or {MOVE_AWAY}"
+            )
+        db.executescript(_SCHEMA)
+        db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+        check_schema(db, _SCHEMA)
+
+    def _note_log_cut(self) -> None:
+        self.damaged = (
+            f"the log of the content store's catalog ({self._path.name}-wal) was cut or damaged, its last changes are "
+            "lost. Files themselves are as they were: share or get again what 'lattica blobs list' lacks"
+        )
+        log.error("catalog_log_cut path=%s", self._path)
+
+    def _replace_damaged(self, damage: sqlite3.Error) -> None:
+        with storage_errors(self._path):
+            saved = readable_rows(self._path, dict.fromkeys(_TABLES, "multihash"), _KEYS)
+            moved = move_aside(self._path)
+        try:
+            self._db = self._connect()
+            for table, columns in _TABLES.items():
+                marks = ", ".join("?" * columns)
+                rows = [row for row in saved[table] if len(row) == columns]
+                self._db.execute("BEGIN")
+                self._db.executemany(f"INSERT OR IGNORE INTO {table} VALUES ({marks})", rows)
+                self._db.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise self._error(error) from error
+        blobs = self._db.execute("SELECT COUNT(*) FROM blobs").fetchone()[0]
+        self.damaged = (
+            f"the catalog of the content store was damaged ({damage}) and is now {moved.name}; {blobs} entries could "
+            "be read from it. Files themselves are as they were: share or get again what 'lattica blobs list' lacks"
+        )
+        log.error("catalog_damaged moved_to=%s blobs=%d error=%s", moved, blobs, damage)
 
     def close(self) -> None:
         with self._lock:
@@ -99,10 +168,11 @@ class Catalog:
         columns = "multihash, cid, kind, size, chunks, have, path, owned, identity, pinned, added"
         for row in self._query(f"SELECT {columns} FROM blobs"):
             multihash, cid, kind, size, chunks, have, path, owned, mark, pinned, added = row
-            identity = FileIdentity(*(int(part) for part in mark.split())) if mark else None
-            yield Row(
-                multihash, cid, kind, size, chunks, have, path, bool(owned), identity, bool(pinned), added
-            )
+            try:
+                identity = FileIdentity(*(int(part) for part in mark.split())) if mark else None
+            except (ValueError, TypeError, AttributeError):  # damaged: the file is hashed again
+                identity = None
+            yield Row(multihash, cid, kind, size, chunks, have, path, bool(owned), identity, bool(pinned), added)
 
     def put(self, row: Row) -> None:
         identity = row.identity
@@ -123,7 +193,8 @@ class Catalog:
         return found[0][0] if found else None
 
     def put_object(self, multihash: bytes, data: bytes) -> None:
-        self._query("INSERT OR IGNORE INTO objects VALUES (?, ?)", (multihash, data))
+        """`data` was checked; what stands there may be damaged."""
+        self._query("INSERT OR REPLACE INTO objects VALUES (?, ?)", (multihash, data))
 
     def delete_object(self, multihash: bytes) -> None:
         self._query("DELETE FROM objects WHERE multihash = ?", (multihash,))

@@ -108,6 +108,8 @@ class _Sharer:
             source = path.resolve(strict=True)
             if not stat.S_ISREG(source.stat().st_mode):
                 raise StorageError(f"{path} is not a regular file")
+            if source.stat().st_size == 0 and _has_content(source):
+                raise StorageError(f"{path} has no size, but content: copy it into a regular file and share that")
             if self._copy:
                 return self._copied(source, pinned)
             return self._hashed(source, pinned=pinned, owned=False)
@@ -160,6 +162,12 @@ class _Sharer:
         return self._store.add(
             cid, BLOB, before.size, have, path=path, owned=owned, identity=identity, pinned=pinned, verified=True
         )
+
+
+def _has_content(path: Path) -> bool:
+    """Of a file whose size is 0: those in /proc are made as they are read."""
+    with path.open("rb") as file:
+        return bool(file.read(1))
 
 
 def hash_chunks(

@@ -16,7 +16,7 @@ content id.
 
 from __future__ import annotations
 
-import tempfile
+import logging
 import threading
 import time
 from collections import OrderedDict
@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from lattica.blobs.catalog import Catalog, Row
 from lattica.blobs.files import FileIdentity, storage_errors
+from lattica.blobs.temporary import temporary_directory
 from lattica.errors import ContentCorrupt, ContentNotFound
 from lattica_protocols.blobs.chunk_set import ChunkSet
 from lattica_protocols.blobs.manifest import (
@@ -38,10 +39,13 @@ from lattica_protocols.blobs.manifest import (
 )
 from lattica_protocols.cid import Cid
 from lattica_protocols.errors import RemoteProtocolError
+from lattica_protocols.limits import MAX_BLOB_CHUNKS
 from lattica_protocols.multihash import Multihash
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+log = logging.getLogger("lattica.blobs")
 
 BLOB, FOLDER, RAW_BLOCK = "blob", "folder", "raw"
 
@@ -120,7 +124,13 @@ class BlobStore:
         self._blobs: dict[Multihash, Blob] = {}
         self._manifests: OrderedDict[Multihash, Manifest] = OrderedDict()
         for row in self.catalog.rows():
-            blob = _from_row(row)
+            try:
+                blob = _from_row(row)
+                if blob.multihash.to_bytes() != row.multihash:
+                    raise ValueError("the row of another blob")
+            except (RemoteProtocolError, ValueError, TypeError) as error:
+                log.error("catalog_row_skipped cid=%r error=%s", row.cid, error)
+                continue
             self._blobs[blob.multihash] = blob
 
     @classmethod
@@ -128,9 +138,8 @@ class BlobStore:
     def open(cls, home: Path | None) -> Iterator[BlobStore]:
         """The store of a home directory, in `home/blobs`; `None`: one in a temporary directory, gone afterwards."""
         if home is None:
-            with tempfile.TemporaryDirectory(prefix="lattica-blobs-") as directory:
-                with closing(cls(Path(directory))) as store:
-                    yield store
+            with temporary_directory() as directory, closing(cls(directory)) as store:
+                yield store
         else:
             with closing(cls(home / "blobs")) as store:
                 yield store
@@ -378,6 +387,9 @@ class BlobStore:
 
 
 def _from_row(row: Row) -> Blob:
+    """Raises `RemoteProtocolError`, `ValueError` or `TypeError` for what we never wrote."""
+    if row.kind not in (BLOB, FOLDER, RAW_BLOCK) or not 0 <= row.chunks <= MAX_BLOB_CHUNKS or row.size < 0:
+        raise ValueError(f"a {row.kind!r} of {row.size!r} bytes in {row.chunks!r} chunks")
     if row.have is None:
         have = ChunkSet(row.chunks, full=True)
     else:

@@ -163,7 +163,7 @@ class InboundCall:
             head, tails = encode_value(self._method.function(*self._args, **self._kwargs))
             self._respond(head, tails)
         except (Exception, SystemExit) as error:  # whatever the handler raises is the caller's answer, and its alone
-            self._fail(handler_error(error, self._method, self._args, self._kwargs))
+            self._fail(handler_error(error, self._call, self._method, self._args, self._kwargs))
         finally:
             _caller.reset(token)
 
@@ -192,13 +192,13 @@ class InboundCall:
                 await self.link.writable()
             self._respond(head, tails)
         except (Exception, SystemExit) as error:  # whatever the handler raises is the caller's answer, and its alone
-            self._fail(handler_error(error, method, self._args, self._kwargs))
+            self._fail(handler_error(error, call, method, self._args, self._kwargs))
         except BaseException as error:
             if cancelled() or isinstance(error, (KeyboardInterrupt, GeneratorExit, BaseExceptionGroup)):
                 self._fail((CANCELLED, "Cancelled", f"{call.method} was cancelled by its worker"))
                 raise
             # A CancelledError of something that the handler waited for, not its own: no reason to end the worker.
-            self._fail(handler_error(error, method, self._args, self._kwargs))
+            self._fail(handler_error(error, call, method, self._args, self._kwargs))
         finally:
             self._args, self._kwargs = [], {}
 

@@ -57,7 +57,7 @@ def _run(
         del result
         _respond(link, call, value, tails, threads)
     except BaseException as error:  # whatever the handler raises is the caller's answer; no signal arrives in threads
-        _fail(link, call, handler_error(error, method, args, kwargs))
+        _fail(link, call, handler_error(error, call, method, args, kwargs))
     finally:
         _caller.reset(token)
 

@@ -21,7 +21,7 @@ from lattica.errors import (
 from lattica.local.channel import FEATURES, LOCAL_LIMITS
 from lattica.local.memfd import SegmentPool
 from lattica.rpc.methods import Method
-from lattica.rpc.status import error_from_head_untrusted, message_of, status_of
+from lattica.rpc.status import error_from_head_untrusted, status_of
 from lattica_protocols.errors import LocalProtocolError, RemoteProtocolError
 from lattica_protocols.limits import LOCAL_FD_OVER, LOCAL_MAX_SERVICE_NAME
 from lattica_protocols.rpc.calls import Call
@@ -166,13 +166,13 @@ def decode_request(
 
 
 def handler_error(
-    error: BaseException, method: Method, args: list[Any], kwargs: dict[str, Any]
+    error: BaseException, call: Call, method: Method, args: list[Any], kwargs: dict[str, Any]
 ) -> tuple[int, str, str]:
     """`(code, kind, message)` for what a handler raised, or for a result that cannot be sent."""
     if isinstance(error, LocalProtocolError):
         return RESOURCE_EXHAUSTED, "InvalidResult", f"the result: {error}"
-    if isinstance(error, TypeError) and not method.accepts(args, kwargs):
-        return INVALID_ARGUMENT, "InvalidArgument", message_of(error)
+    if isinstance(error, TypeError) and (misfit := method.misfit(args, kwargs)) is not None:
+        return INVALID_ARGUMENT, "InvalidArgument", f"{call.method}: {misfit}"
     return status_of(error)
 
 

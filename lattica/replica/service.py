@@ -103,6 +103,8 @@ class SpaceService:
     ) -> Space:
         """A new space that we own. `writers` may write, too. With a `quorum`, checkpoints need that many of `signers`.
         Errors: `InvalidArgument`."""
+        if not name:
+            raise InvalidArgument("space: it needs a name")
         try:
             genesis = Genesis.create(
                 self._host.key.public_key.data,

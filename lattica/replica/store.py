@@ -14,8 +14,9 @@ sign its sequence number twice. (A power cut, unlike a kill, can lose the last t
     lost         space number, data                     own operations that a checkpoint left out
     signed       space number, header                   the checkpoint we signed last as one of a quorum
 
-Beside it stands `spaces.json`, the genesis of each. When the database is damaged it is renamed, and the spaces are
-fetched from other members again: what only this member had is lost, and the log and `Store.damaged` say so.
+Beside it stands `spaces.json`, the genesis of each. When the database is damaged it is renamed; then, and when it lacks
+a space of that list, the spaces are fetched from other members again: what only this member had is lost, and the log
+and `Store.damaged` say so.
 """
 
 from __future__ import annotations
@@ -32,6 +33,18 @@ from typing import Self
 
 from blake3 import blake3
 
+from lattica.damaged_database import (
+    ADVICE,
+    MOVE_AWAY,
+    check_database,
+    check_schema,
+    check_version,
+    is_damage,
+    log_was_cut,
+    logged_frames,
+    move_aside,
+    reading_damage,
+)
 from lattica.errors import ConfigError, StorageError, StorageFull
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.replica.genesis import Genesis, space_text
@@ -105,19 +118,23 @@ class SpaceStore:
     def open(cls, home: Path | None) -> SpaceStore:
         """Open or create `spaces.db` in `home`; `None` keeps everything in memory. Raises `ConfigError`."""
         if home is None:
-            return cls(_connect(None), None)
+            return cls(_connect(None)[0], None)
         path = home / "spaces.db"
         damage = None
         try:
-            connection = _connect(path)
-        except sqlite3.OperationalError as error:
-            raise ConfigError(f"home: cannot open {path}: {error}") from None
-        except sqlite3.DatabaseError as error:
-            damage = (error, _move_aside(path))
-            connection = _connect(path)
+            connection, cut = _connect(path)
+        except sqlite3.Error as error:
+            if not is_damage(error):
+                raise ConfigError(f"home: cannot open {path}: {error}; {ADVICE}") from None
+            damage = (error, move_aside(path))
+            connection, cut = _connect(path)
         store = cls(connection, path)
         if damage is not None:
             store._note_damage(*damage)
+        else:
+            store._compare_with_list()
+            if cut:
+                store._note_log_cut()
         return store
 
     def _note_damage(self, error: Exception, moved: Path) -> None:
@@ -128,6 +145,38 @@ class SpaceStore:
             f"another member are lost; fetched again from other members: {names}"
         )
         log.error("spaces_damaged moved_to=%s spaces=%d error=%s", moved, len(self.to_restore), error)
+
+    def _compare_with_list(self) -> None:
+        """The database may be sound and yet not the one that was here: deleted, emptied, or without its log."""
+        known = {row[0] for row in self._connection.execute("SELECT space FROM spaces")}
+        listed = _read_list(self._list_path()) if self._list_path().exists() else []
+        self.to_restore = [genesis for genesis in listed if genesis.id not in known]
+        if self.to_restore:
+            names = ", ".join(f"{genesis.name} ({space_text(genesis.id)})" for genesis in self.to_restore)
+            self.damaged = (
+                f"the database of the spaces had lost {names}: its file or its log (spaces.db-wal) was deleted or cut; "
+                "edits that had not reached another member are lost, the rest is fetched again from other members"
+            )
+            log.error("spaces_missing path=%s spaces=%d", self.path, len(self.to_restore))
+        if known - {genesis.id for genesis in listed}:
+            self._write_list()
+
+    def _note_log_cut(self) -> None:
+        """The last transactions are gone. We go on in chains that nobody has seen: others may have operations of ours
+        that are missing here, and whoever signs a number twice is excluded for it."""
+        rows = self._connection.execute("SELECT space FROM spaces").fetchall()
+        if not rows:
+            return  # every space is restored
+        with _Writing(self._connection):
+            for (space,) in rows:
+                instance = int.from_bytes(os.urandom(4), "big")
+                self._connection.execute("UPDATE spaces SET instance = ? WHERE space = ?", (instance, space))
+        text = (
+            "the log of the database of the spaces (spaces.db-wal) was cut or damaged: the last edits are lost "
+            "where they had not reached another member, and fetched again where they had"
+        )
+        self.damaged = text if self.damaged is None else f"{self.damaged}; {text}"
+        log.error("spaces_log_cut path=%s spaces=%d", self.path, len(rows))
 
     def note_partly_lost(self, genesis: Genesis, missing: int, error: Exception) -> None:
         """Rows of a space could not be read back: `missing` operations."""
@@ -218,11 +267,12 @@ class SpaceStore:
         """Forget a space."""
         number = self._numbers.pop(space)
         self._rows.pop(number, None)
+        self.to_restore = [genesis for genesis in self.to_restore if genesis.id != space]
+        self._write_list(without=space)  # first: what stands in the list and not here counts as lost
         with _Writing(self._connection):
             self._connection.execute(f"DELETE FROM operations WHERE {_IN_SPACE}", _places(number))
             for table in ("forks", "checkpoints", "snapshots", "lost", "signed", "spaces"):
                 self._connection.execute(f"DELETE FROM {table} WHERE number = ?", (number,))
-        self._write_list()
 
     # -- contents -------------------------------------------------------------------------------------------
     def save(
@@ -290,13 +340,14 @@ class SpaceStore:
         assert self.path is not None
         return self.path.with_name("spaces.json")
 
-    def _write_list(self) -> None:
+    def _write_list(self, without: bytes = b"") -> None:
         if self.path is None:
             return
-        rows = self._connection.execute("SELECT genesis FROM spaces").fetchall()
+        rows = self._connection.execute("SELECT genesis FROM spaces WHERE space != ?", (without,)).fetchall()
+        lost = [genesis.encode() for genesis in self.to_restore if genesis.id not in self._numbers]
         temporary = self._list_path().with_suffix(".json.new")
         try:
-            temporary.write_text(json.dumps([row[0].hex() for row in rows]), "utf-8")
+            temporary.write_text(json.dumps([genesis.hex() for genesis in [*(row[0] for row in rows), *lost]]), "utf-8")
             temporary.replace(self._list_path())
         except OSError as error:
             log.warning("spaces_list_not_written path=%s error=%s", self._list_path(), error)
@@ -326,27 +377,37 @@ class _Writing:
             raise StorageError(f"the database of the spaces cannot be written: {error}") from None
 
 
-def _connect(path: Path | None) -> sqlite3.Connection:
+def _connect(path: Path | None) -> tuple[sqlite3.Connection, bool]:
+    """The connection, and whether the write-ahead log lost what it had."""
+    frames = 0 if path is None else logged_frames(path)
     if path is not None:
         # Created by us so that nobody else can read it; SQLite gives its WAL file the same mode.
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     connection = sqlite3.connect(path or ":memory:", timeout=2.0, isolation_level=None, check_same_thread=False)
     try:
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = NORMAL")
-        verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if verdict != "ok":
-            raise sqlite3.DatabaseError(verdict)
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version > VERSION:
-            raise ConfigError(f"home: {path} was written by a newer version of lattica (schema {version})")
-        if version < VERSION:
-            steps = "".join(MIGRATIONS[each] for each in range(version, VERSION)) if version else ""
-            connection.executescript(f"BEGIN; {steps} {SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
+        with reading_damage():
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = NORMAL")
+            cut = log_was_cut(connection, frames)  # before anything is written into it
+            check_database(connection)
+            _migrate(connection, path)
+            check_schema(connection, SCHEMA)
     except (sqlite3.Error, ConfigError):
         connection.close()
         raise
-    return connection
+    return connection, cut
+
+
+def _migrate(connection: sqlite3.Connection, path: Path | None) -> None:
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    check_version(version)
+    if version > VERSION:
+        raise ConfigError(
+            f"home: {path} was written by a newer version of lattica (schema {version}): use that one, or {MOVE_AWAY}"
+        )
+    if version < VERSION:
+        steps = "".join(MIGRATIONS[each] for each in range(version, VERSION)) if version else ""
+        connection.executescript(f"BEGIN; {steps} {SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
 
 
 def _checked_snapshot(row: tuple[int, bytes] | None) -> tuple[int, bytes]:
@@ -354,16 +415,6 @@ def _checked_snapshot(row: tuple[int, bytes] | None) -> tuple[int, bytes]:
     if row is None or blake3(row[1][32:]).digest() != row[1][:32]:
         return 0, b""
     return row[0], row[1][32:]
-
-
-def _move_aside(path: Path) -> Path:
-    number = 1
-    while (target := path.with_name(f"{path.name}.damaged-{number}")).exists():
-        number += 1
-    path.rename(target)
-    for suffix in ("-wal", "-shm"):  # they belong to the damaged file
-        path.with_name(path.name + suffix).unlink(missing_ok=True)
-    return target
 
 
 def _read_list(path: Path) -> list[Genesis]:

@@ -10,6 +10,7 @@ import trio
 
 from lattica.errors import CallCancelled, PeerMisbehaved
 from lattica_protocols.errors import RemoteProtocolError
+from lattica_protocols.limits import RPC_MAX_VALUE
 from lattica_protocols.rpc.calls import Call
 from lattica_protocols.rpc.frames import Buffer
 from lattica_protocols.rpc.tensors import decode_value_untrusted, encode_value
@@ -50,9 +51,10 @@ class Parking:
 class ItemReader:
     """Items that arrive, an asynchronous iterator. Taking one lets the sender send another."""
 
-    def __init__(self, channel: Speaker, call: Call) -> None:
+    def __init__(self, channel: Speaker, call: Call, max_value: int = RPC_MAX_VALUE) -> None:
         self._channel = channel
         self._call = call
+        self._max_value = max_value
         self._items: deque[tuple[bytes, Buffer]] = deque()
         self._ended = False
         self._error: Exception | None = None
@@ -90,7 +92,7 @@ class ItemReader:
         self._channel.machine.grant(self._call, 1, len(head) + len(tail))
         self._channel.flush()
         try:
-            return decode_value_untrusted(head, tail)
+            return decode_value_untrusted(head, tail, self._max_value)
         except RemoteProtocolError as error:
             raise PeerMisbehaved(f"an item of {self._call.method} cannot be decoded: {error}") from None
 

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 from lattica.errors import RemoteError
 from lattica.rpc.status import message_of
+from lattica_protocols.limits import RPC_MAX_VALUE
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -63,20 +64,31 @@ class Method:
     gives_stream: bool
     """SERVER_STREAM: the method yields."""
 
+    max_value: int = RPC_MAX_VALUE
+    """Bytes of msgpack that an argument or an item may have; see `decode_value_untrusted`."""
+
     def fits_with_stream(self, reader: object, args: list[Any], kwargs: dict[str, Any]) -> bool:
         """Without `@client_streaming`: whether an argument is missing that the stream of items can be."""
         asynchronous = self.style in (Style.TASK, Style.TASK_STREAM)
         return asynchronous and not self.accepts(args, kwargs) and self.accepts([reader, *args], kwargs)
 
     def accepts(self, args: list[Any], kwargs: dict[str, Any]) -> bool:
-        """Whether the arguments fit the signature. Slow: asked only after a TypeError."""
+        """Whether the arguments fit the signature."""
+        return self.misfit(args, kwargs) is None
+
+    def misfit(self, args: list[Any], kwargs: dict[str, Any]) -> str | None:
+        """Why the arguments do not fit the signature, in the caller's terms: what the function is called here and what
+        comes before the caller's first argument is nobody's business. Slow: asked only after a TypeError."""
         try:
-            inspect.signature(self.function).bind(*args, **kwargs)
-        except TypeError:
-            return False
+            signature = inspect.signature(self.function)
         except ValueError:  # a built-in without a signature
-            return True
-        return True
+            return None
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            names = [f"*{name}" if p.kind is p.VAR_POSITIONAL else name for name, p in signature.parameters.items()]
+            return f"{error}; the arguments are ({', '.join(names)})"
+        return None
 
 
 def run_in_thread(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -90,8 +102,8 @@ def run_in_thread(function: Callable[..., Any], /, *args: Any, **kwargs: Any) ->
         raise RemoteError(message_of(error), type(error).__name__) from error
 
 
-def methods_of(service: object) -> dict[str, Method]:
-    """The methods of an object, or of a mapping from name to function.
+def methods_of(service: object, max_value: int = RPC_MAX_VALUE) -> dict[str, Method]:
+    """The methods of an object, or of a mapping from name to function; `max_value` for each of them.
 
     Raises `ValueError` when there is none, or when a decorator does not fit the function.
     """
@@ -99,7 +111,7 @@ def methods_of(service: object) -> dict[str, Method]:
         found = {str(name): function for name, function in service.items()}
     else:
         found = {name: getattr(service, name) for name in _public_functions(type(service))}
-    methods = {name: _method(name, function) for name, function in found.items() if not name.startswith("_")}
+    methods = {name: _method(name, function, max_value) for name, function in found.items() if not name.startswith("_")}
     if not methods:
         raise ValueError(f"{service!r} has no public methods to offer")
     return methods
@@ -116,7 +128,7 @@ def _public_functions(cls: type) -> list[str]:
     return names
 
 
-def _method(name: str, function: Callable[..., Any]) -> Method:
+def _method(name: str, function: Callable[..., Any], max_value: int) -> Method:
     if not callable(function):
         raise ValueError(f"{name} cannot be called: it is a {type(function).__name__}")
     inline = getattr(function, "__lattica_nonblocking__", False)
@@ -134,7 +146,8 @@ def _method(name: str, function: Callable[..., Any]) -> Method:
         raise ValueError(f"{name} is marked nonblocking, which is for a plain def")
     if takes_stream and style not in (Style.TASK, Style.TASK_STREAM):
         raise ValueError(f"{name} is marked client_streaming, which is for async methods")
-    return Method(function, style, takes_stream, style in (Style.TASK_STREAM, Style.THREAD_STREAM))
+    gives_stream = style in (Style.TASK_STREAM, Style.THREAD_STREAM)
+    return Method(function, style, takes_stream, gives_stream, max_value)
 
 
 def _unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ from lattica.rpc.channel import Speaker
 from lattica.rpc.items import ItemReader, ItemWriter
 from lattica.rpc.methods import Method, Style, run_in_thread
 from lattica.rpc.pool import Job
-from lattica.rpc.status import message_of, status_of
+from lattica.rpc.status import status_of
 from lattica_protocols.errors import LocalProtocolError, RemoteProtocolError
 from lattica_protocols.rpc.calls import Call
 from lattica_protocols.rpc.frames import (
@@ -65,7 +65,7 @@ class InboundCall(Job):
         call.owner = self
         streams = call.flags & (CLIENT_STREAM | SERVER_STREAM)
         try:
-            self._args, self._kwargs = decode_args_untrusted(head, tail, call.flags)
+            self._args, self._kwargs = decode_args_untrusted(head, tail, call.flags, self._method.max_value)
         except (RemoteProtocolError, LocalProtocolError) as error:
             self._refuse(f"the arguments of {call.method}: {error}")
             return False
@@ -83,7 +83,7 @@ class InboundCall(Job):
         if method.takes_stream and not streams & CLIENT_STREAM:
             self._refuse(f"{call.method} takes a stream of items: open_call it and send")
             return False
-        self._reader = ItemReader(self._channel, call)
+        self._reader = ItemReader(self._channel, call, method.max_value)
         self._writer = ItemWriter(self._channel, call)
         if streams & CLIENT_STREAM:
             if method.takes_stream or method.fits_with_stream(self._reader, self._args, self._kwargs):
@@ -178,8 +178,8 @@ class InboundCall(Job):
         machine = self._channel.machine
         if isinstance(error, LocalProtocolError):
             machine.fail(self._call, RESOURCE_EXHAUSTED, "InvalidResult", f"the result: {error}")
-        elif isinstance(error, TypeError) and not self._method.accepts(self._args, self._kwargs):
-            machine.fail(self._call, INVALID_ARGUMENT, "InvalidArgument", message_of(error))
+        elif isinstance(error, TypeError) and (misfit := self._method.misfit(self._args, self._kwargs)) is not None:
+            machine.fail(self._call, INVALID_ARGUMENT, "InvalidArgument", f"{self._call.method}: {misfit}")
         else:
             machine.fail(self._call, *status_of(error))
         self._channel.flush()

@@ -32,7 +32,7 @@ from lattica.rpc.peer_channel import PeerChannel
 from lattica.rpc.pool import TaskPool
 from lattica.rpc.server import InboundCall
 from lattica_protocols.errors import RemoteProtocolError
-from lattica_protocols.limits import RPC_MAX_SESSIONS
+from lattica_protocols.limits import RPC_MAX_SESSIONS, RPC_MAX_VALUE
 from lattica_protocols.rpc.calls import Call
 from lattica_protocols.rpc.connection import DEFAULT_LIMITS, RpcConnection, RpcLimits
 from lattica_protocols.rpc.frames import (
@@ -93,16 +93,18 @@ class RpcService:
         host.handle(PROTOCOL_ID, self._accept)
 
     # -- services -------------------------------------------------------------------------------------
-    def serve(self, name: str, service: object) -> None:
+    def serve(self, name: str, service: object, *, max_value: int = RPC_MAX_VALUE) -> None:
         """Offer the public methods of an object, or a mapping of functions, as `name.method`.
 
+        `max_value`: bytes that the lists, dicts and strings of one call's arguments or of one item may have; arrays
+        and bytes do not count. More is refused undecoded: decoding them holds up the event loop.
         See `lattica.rpc.methods` for how they run. `ValueError` when the name is taken or has no methods.
         """
         if not name or name.startswith("_") or len(name.encode()) > 127:
             raise ValueError(f"{name!r} is no name for a service: 1 to 127 bytes, no underscore in front")
         if name in self._services:
             raise ValueError(f"the service {name} is offered already")
-        methods = {f"{name}.{method}": found for method, found in methods_of(service).items()}
+        methods = {f"{name}.{method}": found for method, found in methods_of(service, max_value).items()}
         self._methods |= methods
         self._services[name] = sorted(methods)
 

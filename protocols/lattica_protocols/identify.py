@@ -22,6 +22,8 @@ from dataclasses import dataclass, replace
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.keys import PublicKey
 from lattica_protocols.limits import (
+    IDENTIFY_PUSH_BURST,
+    IDENTIFY_PUSHES_PER_SECOND,
     MAX_ENVELOPE_BYTES,
     MAX_IDENTIFY_ADDRS,
     MAX_IDENTIFY_MESSAGE_BYTES,
@@ -37,6 +39,25 @@ from lattica_protocols.protobuf import Kind, Message, optional, repeated
 
 IDENTIFY_PROTOCOL = "/ipfs/id/1.0.0"
 IDENTIFY_PUSH_PROTOCOL = "/ipfs/id/push/1.0.0"
+
+
+@dataclass(slots=True)
+class PushBudget:
+    """How many pushes are read from one connection."""
+
+    tokens: float = float(IDENTIFY_PUSH_BURST)
+    updated: float | None = None
+
+    def take(self, now: float) -> bool:
+        """Whether one more is read now; one that is not costs nothing."""
+        if self.updated is not None:
+            refill = (now - self.updated) * IDENTIFY_PUSHES_PER_SECOND
+            self.tokens = min(float(IDENTIFY_PUSH_BURST), self.tokens + refill)
+        self.updated = now
+        if self.tokens < 1:
+            return False
+        self.tokens -= 1
+        return True
 
 
 @dataclass(frozen=True, slots=True)

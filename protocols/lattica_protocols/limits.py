@@ -56,6 +56,13 @@ MAX_IDENTIFY_SENT_BYTES = 4096
 MAX_IDENTIFY_MESSAGES = 10
 """As go-libp2p (maxMessages): a large identify is sent in parts that are merged."""
 
+IDENTIFY_PUSH_BURST = 32
+"""Pushes that a peer may send at once on one connection: one for each address that comes or goes while a laptop changes
+its network, and for each service that is offered at a start. Reading one takes 2 to 4 ms, signature included."""
+
+IDENTIFY_PUSHES_PER_SECOND = 1.0
+"""Pushes in the long run. Whoever has more to say is asked once the burst is over, so nothing of it is lost."""
+
 MAX_IDENTIFY_ADDRS = 256
 """Go keeps 500 of connected peers; a node with 20 interfaces and 5 transports has 100."""
 
@@ -105,6 +112,10 @@ RPC_MAX_TAIL = 1 << 30
 RPC_MAX_VALUE = 16 << 20
 """msgpack that stands in the tail because it does not fit into a head. Whoever has more sends arrays or a
 stream; each element costs the reader about 50 bytes of objects."""
+
+RPC_MAX_DAEMON_VALUE = 64 << 10
+"""The same for services that the daemon itself serves to strangers, in its event loop: as much as a head may have.
+Their arguments are numbers and bytes; bytes and arrays stand in the tail and do not count."""
 
 RPC_MAX_ARRAY = 1 << 20
 """Elements of one msgpack array: msgpack reserves 8 bytes per claimed element before it sees the first."""

@@ -7,6 +7,7 @@ import statistics
 import sys
 import time
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,11 @@ import trio
 import lattica
 from lattica.node import Node
 from lattica.replica import Space
+from lattica_protocols.limits import REPLICA_FANOUT
 from lattica_protocols.peer_id import PeerId
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "runtime"))
+from waiting import until
 
 TCP = ["/ip4/127.0.0.1/tcp/0"]
 
@@ -46,8 +51,7 @@ async def join(node: Node, space: str, address: str, root: str) -> float:
     await node.wait_identified(peer)
     started = time.perf_counter()
     joined = await node.spaces.join(space, [peer])
-    while joined.operations() == 0 or joined.root().hex() != root:
-        await trio.sleep(0.005)
+    await until(lambda: joined.operations() and joined.root().hex() == root, 120.0, poll=0.005)
     return time.perf_counter() - started
 
 
@@ -57,12 +61,23 @@ async def wire_bytes(node: Node, space: Space, count: int) -> float:
     def sent() -> int:
         return sum(connection.sent_bytes for connection in node.host.connections())
 
-    await trio.sleep(1.0)  # what is still on its way
+    last = 0
+
+    def is_quiet() -> bool:
+        nonlocal last
+        previous, last = last, sent()
+        return last == previous
+
+    await until(is_quiet, poll=1.0)  # nothing was sent for a second: what was on its way has gone
     before = sent()
     for number in range(count):
         space[f"worker{number % 1000}"] = -number
         await trio.sleep(0.002)  # an edit now and then, not a batch
     return (sent() - before) / count
+
+
+def shows(spaces: list[Space], value: int) -> bool:
+    return all(space.get("value") == value for space in spaces)
 
 
 async def visible_everywhere(count: int, rounds: int) -> dict[str, float]:
@@ -80,16 +95,16 @@ async def visible_everywhere(count: int, rounds: int) -> dict[str, float]:
         spaces = [made]
         for node in nodes[1:]:
             spaces.append(await node.spaces.join(made.id))
-        await trio.sleep(5.0)  # they find neighbours beside the first
+        wanted = min(REPLICA_FANOUT, count - 1)
+        await until(lambda: all(len(space.machine.neighbours()) >= wanted for space in spaces), 60.0)
         seconds = []
         for number in range(rounds):
             source = spaces[number % count]
             started = time.perf_counter()
             source["value"] = number
-            while any(space.get("value") != number for space in spaces):
-                await trio.sleep(0)
+            await until(partial(shows, spaces, number), poll=0.0)
             seconds.append(time.perf_counter() - started)
-            await trio.sleep(0.05)
+            await trio.sleep(0.05)  # a pace: edits now and then
         trips = []
         for node in nodes:
             for peer in node.host.peers():

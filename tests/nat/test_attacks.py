@@ -29,6 +29,8 @@ NATTED = '[relay]\nuse = "always"\n[discovery]\nmode = "client"\n'
 ANNOUNCING = '[listen]\nannounce = {addrs}\n[relay]\nuse = "never"\n[discovery]\nmode = "client"\n'
 RELAY_LISTEN = ("--listen", "/ip4/0.0.0.0/tcp/443", "--listen", "/ip4/0.0.0.0/udp/4101/quic-v1")
 ROUNDS = 12
+PACE = 0.5
+"""Seconds that the attacker keeps a connection: long enough for the target to begin an attempt where it would."""
 ETH_P_IP = 0x0800
 
 
@@ -100,7 +102,7 @@ def test_a_third_party_gets_next_to_nothing(stack: ExitStack, tmp_path: Path) ->
     for _ in range(ROUNDS):
         attacker.json("peer", "connect", relayed(target))
         wait_until(lambda: target.paths(attacker), 10.0, target.process.log)
-        time.sleep(0.5)
+        time.sleep(PACE)
         attacker.json("peer", "disconnect", target.peer_id)
         wait_until(lambda: not target.paths(attacker), 10.0, target.process.log)
     packets, size = sniffer.counts()

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,9 @@ import trio
 
 from lattica.blobs import BlobStore
 from lattica.blobs.part import PartFile, part_path
+from lattica.blobs.sharing import Shared, share_path
 from lattica.blobs.source_stream import ChunkBuffers
+from lattica.blobs.temporary import PREFIX
 from lattica.errors import StorageError, StorageFull
 from lattica.node import NodeConfig, open_node
 from lattica_protocols.blobs.manifest import BlobManifest, make_blob
@@ -207,10 +212,109 @@ def test_a_store_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
         BlobStore(tmp_path)
 
 
-def test_a_catalog_that_is_no_database(tmp_path: Path) -> None:
-    (tmp_path / "catalog.sqlite").write_bytes(b"garbage" * 1000)
-    with pytest.raises(StorageError, match="not a database"):
-        BlobStore(tmp_path)
+@contextmanager
+def store_of_many(directory: Path) -> Iterator[tuple[BlobStore, list[Shared]]]:
+    """A store with 300 shared files, whose catalog has some dozens of pages."""
+    source = directory.with_name("sources")
+    source.mkdir()
+    with closing(BlobStore(directory)) as store:
+        shared = []
+        for number in range(300):
+            (source / f"file{number}").write_bytes(b"%d " % number * 200)
+            shared.append(share_path(store, source / f"file{number}", stop=threading.Event()))
+        yield store, shared
+
+
+def _cut(to: float) -> Callable[[bytes], bytes]:
+    return lambda data: data[: int(len(data) * to)]
+
+
+def _noise(at: float, size: int) -> Callable[[bytes], bytes]:
+    def damage(data: bytes) -> bytes:
+        start = int(len(data) * at)
+        return (data[:start] + random.Random(1).randbytes(size) + data[start + size :])[: len(data)]
+
+    return damage
+
+
+def _one_leaf(data: bytes) -> bytes:
+    """The last page that holds rows only (SQLite's file format: 10 is a leaf of an index)."""
+    at = max(start for start in range(4096, len(data), 4096) if data[start] == 10)
+    return data[:at] + random.Random(1).randbytes(4096) + data[at + 4096 :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "some_left"),
+    [
+        (lambda data: b"garbage" * 1000, False),
+        (lambda data: data[:50], False),
+        (lambda data: data[:4096], False),
+        (lambda data: data[:6000], False),
+        (_cut(0.4), None),
+        (_cut(0.9), None),
+        (_noise(0.0, 16), False),
+        (_noise(0.5, 6000), None),
+        (_noise(0.9, 6000), None),
+        (_one_leaf, True),
+    ],
+)
+def test_a_damaged_catalog_is_replaced_and_what_can_be_read_is_kept(
+    tmp_path: Path, damage: Callable[[bytes], bytes], some_left: bool | None
+) -> None:
+    with store_of_many(tmp_path / "blobs") as (_, shared):
+        pass
+    catalog = tmp_path / "blobs" / "catalog.sqlite"
+    damaged = damage(catalog.read_bytes())
+    catalog.write_bytes(damaged)
+    with closing(BlobStore(tmp_path / "blobs")) as store:
+        left = store.list()
+        assert f"catalog.sqlite.damaged-1; {len(left)} entries could be read" in (store.catalog.damaged or "")
+        if some_left is not None:  # else it depends on which pages are inner ones, and that on the length of paths
+            assert (len(left) > 200) is some_left
+        assert {blob.cid for blob in left} <= {one.cid for one in shared}
+        for number, one in enumerate(shared):
+            again = share_path(store, tmp_path / "sources" / f"file{number}", stop=threading.Event())
+            assert again == one
+            assert store.blob_manifest(store.require(one.cid)).size == one.bytes
+    with closing(BlobStore(tmp_path / "blobs")) as store:
+        assert store.catalog.damaged is None
+        assert len(store.list()) == len(shared)
+    assert catalog.with_name("catalog.sqlite.damaged-1").read_bytes() == damaged
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_catalog_whose_log_is_missing_says_so(tmp_path: Path, cut: bool) -> None:
+    with store_of_many(tmp_path / "blobs"):
+        (tmp_path / "killed").mkdir()
+        for name in ("catalog.sqlite", "catalog.sqlite-shm") + (() if cut else ("catalog.sqlite-wal",)):
+            shutil.copyfile(tmp_path / "blobs" / name, tmp_path / "killed" / name)
+    with closing(BlobStore(tmp_path / "killed")) as store:
+        assert (len(store.list()) < 300) is cut
+        assert ("catalog.sqlite-wal" in (store.catalog.damaged or "")) is cut
+
+
+def test_rows_of_a_catalog_that_make_no_sense_are_skipped(tmp_path: Path) -> None:
+    import sqlite3
+
+    with store_of_many(tmp_path / "blobs") as (store, shared):
+        pass
+    changes = [
+        ("kind", "folly"),
+        ("size", -1),
+        ("chunks", 1 << 60),
+        ("chunks", "many"),
+        ("have", b"1234"),
+        ("cid", b"x"),
+        ("path", b"x"),
+    ]
+    with closing(sqlite3.connect(tmp_path / "blobs" / "catalog.sqlite")) as database, database:
+        for (column, value), one in zip(changes, shared, strict=False):
+            key = one.cid.multihash.to_bytes()
+            database.execute(f"UPDATE blobs SET {column} = ? WHERE multihash = ?", (value, key))
+        key = shared[-1].cid.multihash.to_bytes()
+        database.execute("UPDATE blobs SET identity = 'a b' WHERE multihash = ?", (key,))
+    with closing(BlobStore(tmp_path / "blobs")) as store:
+        assert {blob.cid for blob in store.list()} == {one.cid for one in shared[len(changes) :]}
 
 
 def test_a_temporary_store_leaves_nothing_behind() -> None:
@@ -218,6 +322,39 @@ def test_a_temporary_store_leaves_nothing_behind() -> None:
         directory = store.directory
         assert directory.is_dir()
     assert not directory.exists()
+
+
+HOLDER = """
+import sys
+from lattica.blobs import BlobStore
+with BlobStore.open(None) as store:
+    print(store.directory, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_temporary_stores_of_killed_processes_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no others: those of processes that run, of this one, and what only looks like one."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / f"{PREFIX}link").symlink_to(tmp_path / "elsewhere")
+    children = []
+    for _ in range(2):
+        command = [sys.executable, "-c", HOLDER]
+        child = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert child.stdout is not None
+        children.append((child, Path(child.stdout.readline().strip())))
+    (killed, abandoned), (running, held) = children
+    killed.kill()
+    killed.communicate()
+    assert (abandoned / "catalog.sqlite").exists()
+    with BlobStore.open(None) as first, BlobStore.open(None) as second:
+        assert not abandoned.exists()
+        for directory in (held, first.directory, second.directory):
+            assert (directory / "catalog.sqlite").exists()
+    running.communicate()
+    assert {path.name for path in tmp_path.iterdir()} == {"elsewhere", f"{PREFIX}link"}
 
 
 @pytest.mark.parametrize("place", ["disk", "memory"])

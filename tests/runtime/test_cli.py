@@ -126,6 +126,8 @@ def test_without_a_command_the_help_is_shown(lattica: Run) -> None:
         ["blobs", "pin", "x"],
         ["rpc", "call", PEER, "nodot"],
         ["rpc", "call", PEER, "a.b", "{"],
+        ["space", "create", ""],
+        ["space", "create", " "],
         ["bench", "nobody"],
         ["doctor", "nobody"],
         ["nat", "--lifetimes", "soon"],

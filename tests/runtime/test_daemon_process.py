@@ -290,6 +290,17 @@ def test_content_goes_across_by_its_id(pair: tuple[Process, Process], tmp_path: 
     assert "blobs" in second.json("blobs", "gc")
 
 
+def test_a_file_without_a_size_is_refused(pair: tuple[Process, Process], tmp_path: Path) -> None:
+    """Those of /proc have none, and content all the same: what was shared was an empty blob."""
+    first, _ = pair
+    done = first.cli("share", "/proc/cpuinfo")
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert "/proc/cpuinfo has no size, but content: copy it" in done.stderr
+    (tmp_path / "empty").touch()
+    assert first.json("share", str(tmp_path / "empty"))["bytes"] == 0
+
+
 def test_a_damaged_file_is_found_by_verify(pair: tuple[Process, Process], tmp_path: Path) -> None:
     first, _ = pair
     file = tmp_path / "damaged.bin"
@@ -355,12 +366,45 @@ def test_a_method_is_called_from_the_shell(pair: tuple[Process, Process]) -> Non
         assert len(wrong.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("arguments", [[], ["1"], ["1", "2", "3"]])
+def test_wrong_arguments_are_told_in_the_callers_terms(pair: tuple[Process, Process], arguments: list[str]) -> None:
+    """Not with the names of our classes, and counted without the object behind the method."""
+    first, second = pair
+
+    class Adder:
+        def add(self, a: int, b: int) -> int:
+            return a + b
+
+    with lattica.connect(home=first.home) as worker:
+        worker.serve("sums", Adder())
+        done = second.cli("rpc", "call", first.peer_id, "sums.add", *arguments)
+        assert done.returncode == 1
+        assert len(done.stderr.splitlines()) == 1
+        assert "sums.add: " in done.stderr
+        assert "the arguments are (a, b)" in done.stderr
+        assert "Adder" not in done.stderr
+    done = second.cli("rpc", "call", first.peer_id, "lattica.services", *arguments, "1")
+    assert done.returncode == 1
+    assert "lattica.services: too many positional arguments; the arguments are ()" in done.stderr
+    assert "_for_peers" not in done.stderr
+
+
 def test_other_peers_cannot_call_the_control_service(pair: tuple[Process, Process]) -> None:
     first, second = pair
     done = second.cli("rpc", "call", first.peer_id, "daemon.shutdown")
     assert done.returncode == 1
     assert "daemon" in done.stderr
     assert first.json("id")["peer_id"] == first.peer_id
+
+
+def test_what_the_daemon_serves_itself_takes_no_long_values(pair: tuple[Process, Process]) -> None:
+    """A million strings, decoded in the event loop, would hold up everybody else."""
+    first, second = pair
+    with lattica.connect(home=second.home) as lat:
+        for method in ("bench.echo", "lattica.services"):
+            with pytest.raises(lattica.InvalidArgument, match="over the limit"):
+                lat.call(first.peer_id, method, ["x"] * 1_000_000, timeout=30)
+        assert bytes(lat.call(first.peer_id, "bench.echo", bytes(1 << 20), timeout=30)) == bytes(1 << 20)
 
 
 def test_the_bench_measures_the_path(pair: tuple[Process, Process]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import pytest
 import trio
@@ -19,13 +19,14 @@ from lattica.errors import (
     WrongPeer,
 )
 from lattica.host import Host, PeerConnected, PeerDisconnected, PeerIdentified
-from lattica.identify import IdentifyService
+from lattica.identify import AFTER_BURST, ID_PROTOCOL, PUSH_PROTOCOL, IdentifyService
 from lattica.interfaces import Stream
 from lattica.negotiate import LazyStream
 from lattica.ping import PingService
 from lattica.testing import MemoryNetwork, open_memory_host
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.identify import Identify
+from lattica_protocols.limits import IDENTIFY_PUSH_BURST
 from lattica_protocols.multiaddr import Multiaddr
 
 
@@ -299,6 +300,53 @@ def test_peers_that_identify_in_unusual_ways(run_mocked, ending: str, damaged: b
             assert info.agent == "odd"
             assert info.protocols == ({"/odd/1", "/odd/2"} if ending == "two messages" else {"/odd/1"})
             assert addr in one.peerstore.addrs(two.peer_id)
+
+    run_mocked(main)
+
+
+def test_a_flood_of_pushes_is_not_read(run_mocked, monkeypatch) -> None:
+    """Of each connection a burst; what came after it is asked for once, so nothing that was said is lost."""
+    read = []
+    decode = Identify.decode_untrusted
+    monkeypatch.setattr(Identify, "decode_untrusted", lambda messages: read.append(1) or decode(messages))
+
+    async def main() -> None:
+        async with two_hosts(0.001) as (one, two):
+            IdentifyService(two)
+            connection = await one.connect(two.peer_id)
+            agent = "0"
+
+            async def answer(stream: Stream) -> None:
+                await stream.send_frame(Identify(agent_version=agent).encode())
+                await stream.aclose()
+
+            async def push() -> bool:
+                stream = await one.open_stream(two.peer_id, PUSH_PROTOCOL, connection=connection)
+                with suppress(StreamReset):
+                    await stream.send_frame(Identify(agent_version=agent).encode())
+                    await stream.close_write()
+                    return await stream.receive_some() == b""
+                return False
+
+            def known() -> str:
+                info = two.peerstore.info(one.peer_id)
+                assert info is not None
+                return info.agent
+
+            one.handle(ID_PROTOCOL, answer)
+            for number in range(IDENTIFY_PUSH_BURST):
+                agent = str(number)
+                assert await push()
+            assert known() == agent
+            for number in range(200):
+                agent = f"late {number}"
+                await push()
+            assert len(read) < IDENTIFY_PUSH_BURST + 10, "a second has passed, not ten"
+            await elapse(AFTER_BURST + 1)
+            assert known() == agent == "late 199"
+            assert len(read) < IDENTIFY_PUSH_BURST + 12
+            await elapse(IDENTIFY_PUSH_BURST)
+            assert await push(), "an honest peer later"
 
     run_mocked(main)
 

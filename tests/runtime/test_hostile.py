@@ -10,6 +10,7 @@ import contextlib
 import os
 import random
 import socket
+import struct
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -411,6 +412,22 @@ def test_streams_of_items_that_nobody_reads(attack: Callable[..., None]) -> None
     attack(attacker, growth=2 * GROWTH)
 
 
+async def _answered(peer: RawPeer, streams: set[int], size: int) -> None:
+    """Read until each stream got `size` bytes behind the answer to its proposal."""
+    awaited = dict.fromkeys(streams, len(HEADER + encode_message(BLOBS)) + size)
+    data = b""
+    while any(left > 0 for left in awaited.values()):
+        data += await peer.receive()
+        while len(data) >= 12:
+            _, kind, _, stream, length = struct.unpack_from(">BBHII", data)
+            end = 12 + (length if kind == DATA else 0)
+            if len(data) < end:
+                break
+            if kind == DATA and stream in awaited:  # the victim opens some of its own
+                awaited[stream] -= length
+            data = data[end:]
+
+
 def test_chunks_that_nobody_reads(attack: Callable[..., None]) -> None:
     """Every chunk of a blob on 30 streams."""
     chunks = SHARED_BYTES >> 20
@@ -421,7 +438,8 @@ def test_chunks_that_nobody_reads(attack: Callable[..., None]) -> None:
         want = encode_frame(Kind.WANT, 1, Cid.parse(victim.cid).multihash.to_bytes())
         for number in range(30):
             await peer.send(open_protocol(2 * number + 1, BLOBS, want))
-        await trio.sleep(0.3)  # the answers come; there is nothing of them to be read here
+        with trio.fail_after(10):
+            await _answered(peer, {2 * number + 1 for number in range(30)}, len(encode_header(Kind.HAVE, 1, 0)))
         request = encode_frame(Kind.CHUNKS, 1, encode_ranges([(0, chunks)]))
         for number in range(30):
             grant = frame(WINDOW, 0, 2 * number + 1, 1 << 30)

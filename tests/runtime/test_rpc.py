@@ -714,6 +714,29 @@ def test_arguments_that_cannot_be_decoded_fail_their_call_only(with_pair: Any) -
     with_pair(test)
 
 
+def test_a_service_with_a_small_bound_for_values_decodes_nothing_above_it(with_pair: Any) -> None:
+    """Arguments and items; arrays and bytes of any size still come, and other services take long values."""
+    long = ["x"] * 100_000
+
+    async def test(pair: Pair) -> None:
+        pair.rpc_b.serve("small", pair.service, max_value=65536)
+        assert len(await pair.call("echo", long)) == len(long)
+        assert await pair.rpc.call(pair.peer, "small.echo", bytes(300_000)) == bytes(300_000)
+        assert (await pair.rpc.call(pair.peer, "small.echo", np.zeros(100_000))).shape == (100_000,)
+        assert len(await pair.rpc.call(pair.peer, "small.echo", long[:20_000])) == 20_000
+        with pytest.raises(InvalidArgument, match="over the limit of 65536 here"):
+            await pair.rpc.call(pair.peer, "small.echo", long)
+        with pytest.raises(InvalidArgument, match="over the limit of 65536 here"):
+            await pair.rpc.call(pair.peer, "small.quick", 1, b=long)
+        async with pair.rpc.open_call(pair.peer, "small.total", receives=False) as call:
+            await call.send(long)
+            with pytest.raises(RemoteError, match="over the limit of 65536 here"):
+                await call.result()
+        assert await pair.rpc.call(pair.peer, "small.echo", 1) == 1
+
+    with_pair(test)
+
+
 def test_sessions_of_one_peer_are_bounded(with_pair: Any) -> None:
     async def test(pair: Pair) -> None:
         await pair.call("echo", 1)

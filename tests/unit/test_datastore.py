@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -96,6 +97,21 @@ def test_a_damaged_file_is_moved_aside(damage: bytes | None, tmp_path: Path) -> 
     path.write_bytes(b"again" * 1000)
     with Datastore.open(path) as store:
         assert store.moved_aside == tmp_path / "lattica.db.damaged-2"
+
+
+def test_a_log_that_is_missing_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    with Datastore.open(tmp_path / "lattica.db") as store:
+        fill(store)
+        store.load_provided()  # writes what was noted
+        for name in ("lattica.db", "lattica.db-shm"):
+            shutil.copyfile(tmp_path / name, killed / name)
+    with Datastore.open(tmp_path / "lattica.db"):
+        assert "database_log_cut" not in caplog.text
+    with Datastore.open(killed / "lattica.db") as store:
+        assert "database_log_cut" in caplog.text
+        assert store.load_provided() == {}
 
 
 def test_a_row_that_makes_no_sense_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

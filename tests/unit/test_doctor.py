@@ -61,6 +61,16 @@ def test_a_home_router_is_a_problem_of_reachability_alone() -> None:
     assert "hole punching" in known["reachable"].detail
 
 
+def test_on_loopback_alone_nobody_reaches_us_whatever_the_nat_looks_like() -> None:
+    here = tuple(Multiaddr.parse(text) for text in ("/ip4/127.0.0.1/tcp/4101", "/ip4/127.0.0.1/udp/4101/quic-v1"))
+    for behaviour in (OPEN, HOME, NatBehaviour()):
+        known = found(replace(facts(behaviour), listening=here, links=(link("tcp", str(here[0]), "inbound"),)))
+        for check in ("reachable", "listen"):
+            assert known[check].ok is False
+            assert "loopback address only" in known[check].detail
+            assert "listen.addrs" in known[check].fix
+
+
 def test_blocked_udp_is_named_with_what_was_asked() -> None:
     known = found(facts(BLOCKED, links=(link("tcp", "/ip4/9.9.9.1/tcp/4101"),)))
     assert known["udp"].ok is False

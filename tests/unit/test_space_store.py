@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from replica_members import deliver, genesis, member, put
 from lattica.errors import ConfigError, StorageError
 from lattica.replica.store import VERSION, SpaceStore
 from lattica_protocols.errors import RemoteProtocolError
+from lattica_protocols.replica.genesis import space_text
 from lattica_protocols.replica.operation import Operation
 from lattica_protocols.replica.replica import Replica
 
@@ -112,3 +115,98 @@ def test_a_bit_that_changed_in_a_row_is_seen(tmp_path: Path, place: int) -> None
         store._connection.execute("UPDATE operations SET data = ? WHERE data = ?", (changed, data))
         with pytest.raises(RemoteProtocolError):
             loaded(store)
+
+
+def delete(home: Path) -> None:
+    for name in ("spaces.db", "spaces.db-wal", "spaces.db-shm"):
+        (home / name).unlink(missing_ok=True)
+
+
+def empty(home: Path) -> None:
+    delete(home)
+    (home / "spaces.db").touch()
+
+
+@pytest.mark.parametrize("lose", [delete, empty])
+def test_spaces_that_the_database_lacks_are_restored(tmp_path: Path, lose: Callable[[Path], None]) -> None:
+    """A database that is gone is a sound new one, in which nothing tells that there was anything."""
+    other = genesis(1)
+    with SpaceStore.open(tmp_path) as store:
+        assert store.damaged is None
+        for space in (SPACE, other):
+            store.add(space, 7)
+    lose(tmp_path)
+    with SpaceStore.open(tmp_path) as store:
+        assert store.to_restore == [SPACE, other]
+        for space in (SPACE, other):
+            assert space_text(space.id) in (store.damaged or "")
+        store.add(SPACE, 8)  # and killed before the other one
+    with SpaceStore.open(tmp_path) as store:
+        assert store.to_restore == [other]
+        store.add(other, 8)
+        store.remove(other.id)
+    with SpaceStore.open(tmp_path) as store:
+        assert store.to_restore == []
+        assert store.damaged is None
+        assert [stored.genesis for stored in store.load()] == [SPACE]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[", b"\xff\x00"])
+def test_a_list_of_spaces_that_cannot_be_read_is_written_again(tmp_path: Path, content: bytes | None) -> None:
+    with SpaceStore.open(tmp_path) as store:
+        store.add(SPACE, 7)
+    path = tmp_path / "spaces.json"
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    with SpaceStore.open(tmp_path) as store:
+        assert store.damaged is None
+    empty(tmp_path)
+    with SpaceStore.open(tmp_path) as store:
+        assert store.to_restore == [SPACE]
+
+
+def copied(home: Path, to: Path) -> Path:
+    """The files as a kill would leave them."""
+    to.mkdir()
+    for file in home.iterdir():
+        shutil.copyfile(file, to / file.name)
+    return to
+
+
+@pytest.mark.parametrize("damage", ["removed", "emptied", "cut", "overwritten", "none"])
+def test_a_log_that_was_cut_is_told_and_its_chain_left(tmp_path: Path, damage: str) -> None:
+    """Operations of ours may be with others and no more with us: to sign their numbers again means to be excluded."""
+    owner = member(0, SPACE)
+    (tmp_path / "home").mkdir()
+    with SpaceStore.open(tmp_path / "home") as store:
+        store.add(SPACE, 7)
+        for number in range(20):
+            edits(owner, number, number + 1)
+            saved(owner, store)
+        home = copied(tmp_path / "home", tmp_path / "killed")
+    path = home / "spaces.db-wal"
+    content = path.read_bytes()
+    half = len(content) // 2
+    if damage == "removed":
+        path.unlink()
+    elif damage != "none":
+        path.write_bytes({"emptied": b"", "cut": content[:half], "overwritten": content[:half] + bytes(half)}[damage])
+    with SpaceStore.open(home) as store:
+        stored = store.load()
+        if damage == "none":
+            assert store.damaged is None
+            assert [(len(s.operations), s.instance) for s in stored] == [(20, 7)]
+        elif damage in ("removed", "emptied"):
+            assert stored == []
+            assert store.to_restore == [SPACE]
+            assert "spaces.db-wal" in (store.damaged or "")
+        else:
+            assert 0 < len(stored[0].operations) < 20
+            assert stored[0].instance != 7
+            assert "spaces.db-wal" in (store.damaged or "")
+        home = copied(home, tmp_path / "again")
+    with SpaceStore.open(home) as store:
+        assert store.to_restore == ([SPACE] if damage in ("removed", "emptied") else [])
+        assert store.load() == stored

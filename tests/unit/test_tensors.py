@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from lattica_protocols.errors import LocalProtocolError, RemoteProtocolError
+from lattica_protocols.limits import RPC_MAX_VALUE
 from lattica_protocols.rpc import tensors
 from lattica_protocols.rpc.dtypes import CODES, DTYPES
 from lattica_protocols.rpc.tensors import (
@@ -339,6 +340,7 @@ F32 = CODES["float32"]
         ([region(5, 0, 10)], "misplaced"),
         (region(5, 0, 129), "out of bounds"),
         (region(5, 32, 10), "out of bounds"),
+        (region(5, 0, RPC_MAX_VALUE + 1), "over the limit"),
         (msgpack.ExtType(3, b"short"), "length"),
         (msgpack.ExtType(99, b""), "unknown"),
     ],

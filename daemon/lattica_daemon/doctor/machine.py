@@ -20,6 +20,10 @@ Check = Callable[[Facts], Finding | None]
 
 _DEPENDENT = (Mapping.ADDRESS_DEPENDENT, Mapping.ADDRESS_AND_PORT_DEPENDENT)
 _WEB_PORTS = (80, 443)
+_LISTEN_ELSEWHERE = (
+    "set listen.addrs (or --listen) to an address that others can reach, as /ip4/0.0.0.0/tcp/4101 and "
+    "/ip4/0.0.0.0/udp/4101/quic-v1"
+)
 
 
 def check_listening(facts: Facts) -> Finding:
@@ -27,9 +31,9 @@ def check_listening(facts: Facts) -> Finding:
     evidence = tuple(str(addr) for addr in facts.listening)
     if not facts.listening:
         return Finding("listen", False, "this daemon listens nowhere", "set listen.addrs, or remove it", evidence)
-    if all(addr.is_loopback for addr in facts.listening):
-        fix = "set listen.addrs to an address that others can reach, as /ip4/0.0.0.0/tcp/4101"
-        return Finding("listen", False, "this daemon listens on the loopback address only", fix, evidence)
+    if _on_loopback_only(facts):
+        detail = "this daemon listens on the loopback address only"
+        return Finding("listen", False, detail, _LISTEN_ELSEWHERE, evidence)
     kinds = {target[0] for addr in facts.listening if (target := addr.host_port()) is not None}
     if "udp" not in kinds:
         fix = "add /ip4/0.0.0.0/udp/4101/quic-v1 to listen.addrs"
@@ -218,6 +222,11 @@ def check_reachable(facts: Facts) -> Finding:
     came = [link for link in facts.links if link.direction == "inbound" and link.path != "relay"]
     outside = [link for link in came if (ip := link.remote.ip()) is not None and not is_private(str(ip))]
     known = facts.behaviour
+    if _on_loopback_only(facts):
+        by = "others come through relays" if facts.reservations else "nobody on another machine can connect to it"
+        listening = tuple(str(addr) for addr in facts.listening)
+        detail = f"this daemon listens on the loopback address only: {by}"
+        return Finding("reachable", False, detail, _LISTEN_ELSEWHERE, listening)
     tried = tuple(f"{addr}: {verdict}" for addr, verdict in facts.verdicts.items() if verdict != "unknown")
     reached = [_place(addr) for addr, verdict in facts.verdicts.items() if verdict == "public"]
     if facts.reachability == "public" and reached:
@@ -233,6 +242,10 @@ def check_reachable(facts: Facts) -> Finding:
     if outside:
         return Finding("reachable", True, "somebody outside connected to us", evidence=(str(outside[0].remote),))
     return Finding("reachable", None, "whether others can connect to us is not known")
+
+
+def _on_loopback_only(facts: Facts) -> bool:
+    return bool(facts.listening) and all(addr.is_loopback for addr in facts.listening)
 
 
 def _first_fix(facts: Facts) -> str:

@@ -258,15 +258,16 @@ def _ext(code: int, payload: bytes) -> bytes:
 
 
 # -- decoding -----------------------------------------------------------------------------------------
-def decode_value_untrusted(head: bytes, tail: Buffer = b"") -> Any:
+def decode_value_untrusted(head: bytes, tail: Buffer = b"", max_value: int = RPC_MAX_VALUE) -> Any:
     """The value that `encode_value` put into `head` and `tail`; arrays and views lie over `tail`.
 
+    `max_value`: bytes of msgpack in the tail, buffers and arrays aside. More is refused before it is decoded.
     Raises `LocalProtocolError` only for element types that need `ml_dtypes` when that is not installed.
     """
     hook = _Decoder(tail).hook if len(tail) else _NO_TAIL_HOOK
     data: bytes | memoryview = head
     if head[:2] == VALUE_HEAD and len(head) == 18:
-        data = _value_in_tail_untrusted(head, tail)
+        data = _value_in_tail_untrusted(head, tail, max_value)
     try:
         return msgpack.unpackb(data, ext_hook=hook, strict_map_key=False, timestamp=3, max_array_len=RPC_MAX_ARRAY)
     except (ValueError, TypeError, OverflowError, MemoryError) as error:
@@ -275,9 +276,11 @@ def decode_value_untrusted(head: bytes, tail: Buffer = b"") -> Any:
         raise RemoteProtocolError(f"value cannot be decoded: {error or type(error).__name__}") from None
 
 
-def decode_args_untrusted(head: bytes, tail: Buffer, flags: int) -> tuple[list[Any], dict[str, Any]]:
-    """`(arguments, keyword arguments)` of a REQUEST."""
-    values = decode_value_untrusted(head, tail)
+def decode_args_untrusted(
+    head: bytes, tail: Buffer, flags: int, max_value: int = RPC_MAX_VALUE
+) -> tuple[list[Any], dict[str, Any]]:
+    """`(arguments, keyword arguments)` of a REQUEST; `max_value` as above."""
+    values = decode_value_untrusted(head, tail, max_value)
     if not isinstance(values, list):
         raise RemoteProtocolError("the arguments are not an array")
     if not flags & KEYWORDS:
@@ -288,9 +291,14 @@ def decode_args_untrusted(head: bytes, tail: Buffer, flags: int) -> tuple[list[A
     return values, kwargs
 
 
-def _value_in_tail_untrusted(head: bytes, tail: Buffer) -> memoryview:
+def _value_in_tail_untrusted(head: bytes, tail: Buffer, max_value: int) -> memoryview:
     offset, length = _REGION.unpack_from(head, 2)
-    if offset % ALIGNMENT or length > RPC_MAX_VALUE or offset + length > len(tail):
+    if length > max_value:
+        raise RemoteProtocolError(
+            f"a value of {length} bytes in lists, dicts and strings is over the limit of {max_value} here: "
+            "send arrays or bytes"
+        )
+    if offset % ALIGNMENT or offset + length > len(tail):
         raise RemoteProtocolError("the value's place in the tail is out of bounds")
     return memoryview(tail)[offset : offset + length]
 
