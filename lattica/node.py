@@ -160,22 +160,25 @@ class Node:
         """STUN and what it tells about our NATs; `None` without QUIC."""
         self.spaces = SpaceService(host, self.kad, spaces)
         self.nat_watch = None if self.nat is None else NatWatch(host, self.nat, config.stun_servers)
-        if self.nat_watch is not None:
-            watch = self.nat_watch
-            self.punch.more_candidates = lambda: [*self.port_map.addrs(), *watch.candidates()]
-            self.punch.refresh = self.nat_watch.refresh
-            self.punch.opening_hops = self.nat_watch.opening_hops
-            self.punch.early_hops = self.nat_watch.early_hops
-            self.punch.guess_with(self.nat_watch.nat)
-        if self.nat is not None:
-            self.nat.on_seen = self.observed.stun_answered
         self.keep_alives = KeepAlives(
             host, reached=self.reach.reached, nat=lambda: NatBehaviour() if self.nat is None else self.nat.behaviour
         )
-        self.reach.on_known = self.keep_alives.update
-        if self.nat_watch is not None:
-            self.nat_watch.on_known = self.keep_alives.update
+        self._share_what_is_known_of_nats()
         self.bootstrap = [Multiaddr.parse(text) for text in config.bootstrap]
+
+    def _share_what_is_known_of_nats(self) -> None:
+        """Discovery tells punching, observed addresses and keep-alives."""
+        self.reach.on_known = self.keep_alives.update
+        if self.nat is not None:
+            self.nat.on_seen = self.observed.stun_answered
+        if self.nat_watch is not None:
+            watch, punch = self.nat_watch, self.punch
+            watch.on_known = self.keep_alives.update
+            punch.more_candidates = lambda: [*self.port_map.addrs(), *watch.candidates()]
+            punch.refresh = watch.refresh
+            punch.opening_hops = watch.opening_hops
+            punch.early_hops = watch.early_hops
+            punch.guess_with(watch.nat)
 
     @property
     def peer_id(self) -> PeerId:
