@@ -13,7 +13,7 @@ import os
 import shutil
 import stat
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -45,17 +45,17 @@ def _make() -> tuple[Path, int]:
     """A directory and a descriptor that holds its lock."""
     while True:
         path = Path(tempfile.mkdtemp(prefix=PREFIX))
-        lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if os.path.samestat(os.fstat(lock), os.stat(path)):
+        with suppress(FileNotFoundError):  # somebody who starts, too, took it for abandoned before it was locked
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            held = False
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                held = os.path.samestat(os.fstat(lock), os.stat(path))
+            finally:
+                if not held:
+                    os.close(lock)
+            if held:
                 return path, lock
-        except FileNotFoundError:
-            log.debug("temporary_store_lost path=%s", path)
-        except BaseException:
-            os.close(lock)
-            raise
-        os.close(lock)
 
 
 def _remove_abandoned(parent: Path) -> None:
@@ -67,7 +67,9 @@ def _remove_abandoned(parent: Path) -> None:
             found = path.lstat()
             if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid():
                 removed += _remove_unless_held(path)
-        except OSError as error:  # it goes on without it; another one may just have removed it
+        except FileNotFoundError:
+            continue  # its owner, or another one who starts, has just removed it
+        except OSError as error:  # it goes on without it
             log.warning("temporary_store_kept path=%s error=%s", path, error)
 
 

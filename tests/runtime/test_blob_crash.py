@@ -324,6 +324,26 @@ def test_a_temporary_store_leaves_nothing_behind() -> None:
     assert not directory.exists()
 
 
+def test_a_temporary_store_that_was_swept_before_it_was_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swept: list[Path] = []
+    make = tempfile.mkdtemp
+
+    def make_and_sweep(**options: str) -> str:
+        path = make(dir=tmp_path, **options)
+        if not swept:
+            swept.append(Path(path))
+            os.rmdir(path)
+        return path
+
+    monkeypatch.setattr(tempfile, "mkdtemp", make_and_sweep)
+    with BlobStore.open(None) as store:
+        assert store.directory.is_dir()
+        assert store.directory.parent == tmp_path
+        assert store.directory not in swept
+
+
 HOLDER = """
 import sys
 from lattica.blobs import BlobStore
