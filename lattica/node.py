@@ -165,6 +165,7 @@ class Node:
             self.punch.more_candidates = lambda: [*self.port_map.addrs(), *watch.candidates()]
             self.punch.refresh = self.nat_watch.refresh
             self.punch.opening_hops = self.nat_watch.opening_hops
+            self.punch.hops_measured = lambda: watch.hops_measured
             self.punch.early_hops = self.nat_watch.early_hops
             self.punch.guess_with(self.nat_watch.nat)
         if self.nat is not None:
