@@ -177,6 +177,7 @@ class Node:
             punch.more_candidates = lambda: [*self.port_map.addrs(), *watch.candidates()]
             punch.refresh = watch.refresh
             punch.opening_hops = watch.opening_hops
+            punch.hops_measured = lambda: watch.hops_measured
             punch.early_hops = watch.early_hops
             punch.guess_with(watch.nat)
 

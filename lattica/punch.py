@@ -131,6 +131,8 @@ class HolePuncher:
         self.opening_hops = opening_hops
         """How far the opening datagram goes; 0: there is nothing of ours to open. One that goes too far reaches the
         partner's box before the partner has opened it, and does the harm that it is to prevent."""
+        self.hops_measured: Callable[[], bool] = lambda: False
+        """Whether that is known to suffice."""
         self._rng = random.Random(host.rng.getrandbits(64))
         self._budget = PunchBudget()
         self._direct: dict[PeerId, trio.Event] = {}
@@ -164,6 +166,7 @@ class HolePuncher:
             nat,
             self._quic,
             opening_hops=lambda: self.opening_hops(),
+            hops_measured=lambda: self.hops_measured(),
         )
         self.guesser.on_guess = self._guessing
 

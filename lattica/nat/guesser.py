@@ -104,8 +104,10 @@ class PortGuesser:
         quic: QuicTransport,
         *,
         opening_hops: Callable[[], int],
+        hops_measured: Callable[[], bool],
     ) -> None:
-        """`opening_hops`: how far a datagram has to go that opens our own NATs; 0: we have none."""
+        """`opening_hops`: how far a datagram has to go that opens our own NATs; 0: we have none. `hops_measured`: that
+        it is known to suffice."""
         self.nat = nat
         self.on_guess: Callable[[PeerId, Guess], None] = lambda peer, guess: None
         """Told of each attempt that begins; the `Guess` is up to date when it has ended."""
@@ -113,6 +115,7 @@ class PortGuesser:
         self._circuits = circuits
         self._quic = quic
         self._opening_hops = opening_hops
+        self._hops_measured = hops_measured
         self._rng = random.SystemRandom()
         self._budget = PunchBudget(GUESS_PER_IP_BURST, GUESS_PER_IP_PER_SECOND)
         self.turn = trio.Lock()
@@ -219,7 +222,12 @@ class PortGuesser:
         guess = Guess(exchange.technique, exchange.opens and exchange.technique is Technique.BIRTHDAY)
         guess.partner = None if exchange.partner is None else exchange.partner.behaviour
         self.on_guess(peer, guess)
-        plan = exchange.plan(self._proven(relayed), opener_ttl=self._opening_hops() or None, opener_wait=OPENER_WAIT)
+        plan = exchange.plan(
+            self._proven(relayed),
+            opener_ttl=self._opening_hops() or None,
+            opener_wait=OPENER_WAIT,
+            opener_measured=self._hops_measured(),
+        )
         towards, most = _towards(plan), most_probes(plan)
         try:
             if towards is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -35,6 +36,8 @@ SOON_SECONDS: Final = 10.0
 UNSURE_SECONDS: Final = 1.0
 """At least so long between two discoveries, whatever happens; the second while too few could be asked to be sure."""
 _CANDIDATES: Final = 2
+_TRACES: Final = 3
+"""In a row, each 0.7 s: routers send few ICMP messages to one host in a second."""
 _BEHIND_NATS: Final = tuple(
     ipaddress.ip_network(text) for text in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10")
 )
@@ -51,10 +54,8 @@ class NatWatch:
         self.asked = 0
         self.on_known: Callable[[], None] = lambda: None
         """Called after each discovery."""
-        self._own_routers = 0
-        """How many routers with private addresses are in front of us, as far as they answered."""
-        self._traced = False
-        """Whether all of them did."""
+        self._routers: list[str | None] = []
+        """The first ones on the way out, as far as they answered at any time."""
 
     @property
     def behaviour(self) -> NatBehaviour:
@@ -63,6 +64,11 @@ class NatWatch:
     def candidates(self) -> list[Multiaddr]:
         """Where a partner may find our QUIC socket, as observers saw it."""
         return [quic_multiaddr(addr) for addr in self.behaviour.seen[:_CANDIDATES]]
+
+    @property
+    def _own_routers(self) -> int:
+        """How many routers with private addresses are in front of us, as far as they answered."""
+        return own_routers(self._routers)
 
     def opening_hops(self) -> int:
         """How far a datagram has to go that opens our own NAT and reaches nobody else's box: nowhere without a NAT.
@@ -75,6 +81,11 @@ class NatWatch:
         if own or known.mapping is Mapping.NONE:
             return 0
         return min(max(OPENER_TTL, 1 + self._own_routers), GUESS_OPENER_MAX_TTL)
+
+    @property
+    def hops_measured(self) -> bool:
+        """Whether `opening_hops` is known to suffice, and not only likely to."""
+        return sees_out(self._routers) and 1 + self._own_routers <= GUESS_OPENER_MAX_TTL
 
     def early_hops(self) -> int:
         """The same where a partner's packet may come before any of ours: a firewall would drop it."""
@@ -113,11 +124,16 @@ class NatWatch:
         else:
             self.asked = len(observers)
             self.on_known()
-            if not self._traced and self.behaviour.mapping is not Mapping.NONE:
-                routers = await trace_routers(observers[0].addr)
-                self._own_routers = max(self._own_routers, own_routers(routers))
-                self._traced = None not in routers
-                log.debug("routers_found routers=%s", " ".join(router or "-" for router in routers))
+            if self.behaviour.mapping is not Mapping.NONE:
+                await self._trace(observers[0].addr)
+
+    async def _trace(self, target: SocketAddr) -> None:
+        """Until the first router behind our own has answered, or it seems that it does not."""
+        for _ in range(_TRACES):
+            if self.hops_measured:
+                return
+            self._routers = both_heard(self._routers, await trace_routers(target))
+            log.debug("routers_found routers=%s", " ".join(router or "-" for router in self._routers))
 
     async def _follow_peers(self) -> None:
         async for event in self._host.subscribe():
@@ -132,7 +148,7 @@ class NatWatch:
     def network_changed(self) -> None:
         """Our interfaces are others than before (`lattica.reach.interfaces`)."""
         self.asked = 0
-        self._own_routers, self._traced = 0, False
+        self._routers = []
         self._wakeup.set()
 
 
@@ -149,6 +165,17 @@ def own_routers(routers: Sequence[str | None]) -> int:
             break
         inner = number
     return inner
+
+
+def both_heard(before: Sequence[str | None], now: Sequence[str | None]) -> list[str | None]:
+    """What two traces found: each router answers some of the time."""
+    return [new or old for old, new in zip_longest(before, now)]
+
+
+def sees_out(routers: Sequence[str | None]) -> bool:
+    """Whether one of ours answered, and the next one behind them: no silent one of ours stands between."""
+    own = own_routers(routers)
+    return 0 < own < len(routers) and routers[own] is not None
 
 
 def quic_multiaddr(addr: SocketAddr) -> Multiaddr:

@@ -6,7 +6,8 @@ arrives, with the tables of that moment: `SimulatedInternet` does.
 
 Modelled after Linux, where home routers and carriers' NATs run: a mapping lives `lifetime` seconds after its last
 packet in either direction; `poisoned` is a Linux box whose INPUT chain accepts: a stray packet from outside becomes
-a flow of the box itself for 30 s, and our own packet to the same peer, which clashes with it, leaves from another port.
+a flow of the box itself for 30 s, and our own packet to the same peer, which clashes with it, leaves from another port,
+as do all later flows of its socket: the newest mapping is used again. Older flows keep theirs.
 """
 
 from __future__ import annotations
@@ -164,12 +165,13 @@ class Box:
         flow = (packet.protocol, packet.source, packet.to)
         keys: dict[Mapping, object] = {_ADM: (packet.protocol, packet.source, packet.to[0]), _APDM: flow}
         key = keys.get(self.kind.mapping, (packet.protocol, packet.source))
-        for candidate in (flow, key):  # a flow of its own: it clashed with a poisoned entry before
+        for candidate in (flow, key):  # the flow's own: older than a clash that moved the later ones
             mapping = self._by_inside.get(candidate)
             if mapping is not None and self._is_alive(mapping, now):
                 if packet.to in mapping.contacted or not self._clashes(mapping, packet, now):
                     return mapping
-                key = flow
+                for remote in mapping.contacted:
+                    self._by_inside[packet.protocol, packet.source, remote] = mapping
                 break
             if mapping is not None:
                 self._forget(candidate, mapping, packet)
@@ -185,7 +187,9 @@ class Box:
 
     def _forget(self, key: object, mapping: _Mapping, packet: Packet) -> None:
         del self._by_inside[key]
-        self._by_port[packet.protocol, self._outer(packet.source[0]), mapping.port].remove(mapping)
+        there = self._by_port[packet.protocol, self._outer(packet.source[0]), mapping.port]
+        if mapping in there:  # else it was forgotten for another of its flows
+            there.remove(mapping)
 
     def _new_port(self, packet: Packet, now: float) -> int:
         low, high = self.kind.port_range

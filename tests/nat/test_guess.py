@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 from lab_daemons import LabDaemon, wait_until
 from nat_lab import Lab, LabHost
+
+from lattica_protocols.nat import punch
 
 NATTED = '[relay]\nuse = "always"\n[discovery]\nmode = "client"\n'
 RELAY_LISTEN = ("--listen", "/ip4/0.0.0.0/tcp/443", "--listen", "/ip4/0.0.0.0/udp/4101/quic-v1")
@@ -20,7 +25,14 @@ SOCKETS_CLOSED_SECONDS = 30.0
 @pytest.fixture(scope="module")
 def daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, LabDaemon]]:
     """By kind of box; `sym-2` is a second of one kind."""
-    folder, lab = tmp_path_factory.mktemp("guess"), Lab()
+    with running_lab(tmp_path_factory.mktemp("guess"), ("symblk", "sym", "sym-2", *EASY)) as running:
+        yield running
+
+
+@contextmanager
+def running_lab(folder: Path, names: Sequence[str], *arguments: str) -> Iterator[dict[str, LabDaemon]]:
+    """A daemon behind each kind of box that is named, when they know their NATs."""
+    lab = Lab()
     relays: list[LabDaemon] = []
     running: dict[str, LabDaemon] = {}
     try:
@@ -28,9 +40,9 @@ def daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, LabD
             known = [part for relay in relays for part in ("--bootstrap", relay.address())]
             relays.append(LabDaemon(lab.public_host(), folder / f"relay{i}", "--relay", *known, listen=RELAY_LISTEN))
         bootstrap = [part for relay in relays for part in ("--bootstrap", relay.address())]
-        for name in ("symblk", "sym", "sym-2", *EASY):
+        for name in names:
             host = lab.host_behind(name.partition("-")[0])
-            running[name] = LabDaemon(host, folder / name, *bootstrap, settings=NATTED)
+            running[name] = LabDaemon(host, folder / name, *bootstrap, *arguments, settings=NATTED)
         for daemon in running.values():
             daemon.wait_reserved()
             wait_until(lambda d=daemon: d.json("nat")["mapping"] != "unknown", 30.0, daemon.process.log)  # type: ignore[misc]
@@ -119,3 +131,29 @@ def test_a_pair_without_a_chance_makes_quick_attempts_and_says_why(daemons: dict
     assert "UPnP" in cause["fix"]
     assert time.monotonic() - started < 40
     one.json("peer", "disconnect", other.peer_id)
+
+
+@pytest.mark.parametrize("hard", ["sym", "apdf+sym"])
+def test_an_unlucky_search_does_not_poison_the_box_of_a_neighbour(
+    hard: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are at one router. When nothing has been met for a while the sockets are opened again: not one hop further,
+    to the partner's box, which would then give its user's socket another port."""
+    ports = punch._search_order
+
+    def unlucky(low: int, high: int, rng: random.Random) -> list[int]:
+        return [*range(1, 701), *ports(low, high, rng)]  # 7 s at ports that no such NAT gives
+
+    monkeypatch.setattr(punch, "_search_order", unlucky)
+    monkeypatch.setattr(punch, "REOPEN_AFTER", 3.0)  # all are open again after 6 s
+    with running_lab(tmp_path, ("open", hard), "--log-level", "debug") as running:
+        one, other = running["open"], running[hard]
+        gateway = other.host.address.rpartition(".")[0] + ".1"
+        known = f'routers="{gateway} {"100.64." if "+" in hard else "169.254."}'
+        wait_until(lambda: known in other.process.log(), 30.0, other.process.log)
+        connect(one, other)
+        wait_until(lambda: "quic" in one.paths(other), DIRECT_SECONDS, lambda: one.process.log() + other.process.log())
+        wait_until(lambda: not report(one, other)["guesses"][-1]["running"], 5.0)
+        (guess,) = report(one, other)["guesses"]
+        assert (guess["technique"], guess["direct"]) == ("birthday", True)
+        assert guess["probes"] > 700

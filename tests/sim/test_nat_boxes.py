@@ -43,14 +43,15 @@ def test_a_mapping_expires(name: str) -> None:
 
 
 def test_the_poisoned_box() -> None:
-    """A stray packet before our own makes ours leave from another port, for 30 s."""
+    """A stray packet before our own makes ours leave from another port, for 30 s, and so do all flows that follow."""
     nat = box("open")
     assert out(nat, STRANGER, 0.0) == (WAN, 5000)
     assert not gets_in(nat, PEER, (WAN, 5000), 0.1)
     moved = out(nat, PEER, 0.2)
     assert moved is not None
     assert moved[1] != 5000
-    assert out(nat, STRANGER, 0.3) == (WAN, 5000), "others are not affected"
+    assert out(nat, STRANGER, 0.3) == (WAN, 5000), "older flows keep theirs"
+    assert out(nat, (PEER[0], PEER[1] + 1), 0.3) == moved
     assert not gets_in(nat, PEER, (WAN, 5000), 0.3)
     assert gets_in(nat, PEER, moved, 0.3)
     assert out(nat, PEER, 1.0) == moved, "the flow stays there"

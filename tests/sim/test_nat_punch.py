@@ -144,8 +144,8 @@ def _check_path(
     assert set(got) == {b"from a", b"from b"}
 
 
-def run_pair(seed: int, first: str, second: str, *, loss: float = 0.0, **options: float) -> Result:
-    net = SimulatedInternet(seed)
+def run_pair(seed: int, first: str, second: str, *, loss: float = 0.0, core_hops: int = 3, **options: float) -> Result:
+    net = SimulatedInternet(seed, core_hops=core_hops)
     observers = [SimObserver(net, f"observer {i}") for i in range(3)]
     sides = [prepare(net, name, kind, observers) for name, kind in (("a", first), ("b", second))]
     net.loss = loss
@@ -251,6 +251,12 @@ def test_birthday_of_every_pair_that_needs_it(pair: tuple[str, str], seed: int) 
 def test_opening_the_sockets_again_does_not_poison_the_partners_box(replayed: int) -> None:
     """A pair that is unlucky for 8 s: the openers that follow reach a box that tracks what it drops."""
     assert run_pair(replayed, "open", "syma").seconds
+
+
+@pytest.mark.parametrize("replayed", [19, 50, 124, 690, 984, 1795])
+def test_a_neighbours_box_is_not_poisoned_either(replayed: int) -> None:
+    """The same at one access router, which is all that stands between: one hop more would reach the partner's box."""
+    assert run_pair(replayed, "open", "syma", core_hops=1, opener_ttl=2, opener_measured=True).seconds
 
 
 def test_birthday_in_a_port_block(seed: int) -> None:

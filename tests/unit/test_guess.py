@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lattica.nat.watch import own_routers
+from lattica.nat.watch import both_heard, own_routers, sees_out
 from lattica_protocols.errors import LocalProtocolError, RemoteProtocolError
 from lattica_protocols.limits import GUESS_MAX_MESSAGE_BYTES, NAT_MAX_REPORT_BYTES
 from lattica_protocols.nat.behaviour import Allocation, Filtering, Mapping, NatBehaviour, Ports
@@ -245,3 +245,26 @@ def test_a_random_range_is_learnt() -> None:
 )
 def test_routers_of_our_own(routers: list[str | None], own: int) -> None:
     assert own_routers(routers) == own
+
+
+@pytest.mark.parametrize(
+    ("routers", "known"),
+    [
+        ([], False),
+        (["192.168.1.1"], False),
+        (["192.168.1.1", "203.0.113.1"], True),
+        (["192.168.1.1", None, "203.0.113.1"], False),
+        (["10.0.0.1", "100.64.0.1", None, None], False),
+        ([None, "100.64.0.1", "203.0.113.1"], True),
+    ],
+)
+def test_only_a_router_that_answers_right_behind_ours_says_that_there_are_no_more(
+    routers: list[str | None], known: bool
+) -> None:
+    assert sees_out(routers) == known
+
+
+def test_traces_add_up() -> None:
+    assert both_heard([None, "203.0.113.1"], ["192.168.1.1"]) == ["192.168.1.1", "203.0.113.1"]
+    assert both_heard([], [None, "100.64.0.1"]) == [None, "100.64.0.1"]
+    assert both_heard(["192.168.1.1"], ["192.168.7.1", None]) == ["192.168.7.1", None]

@@ -224,16 +224,17 @@ def test_what_is_certain_to_be_in_vain_is_not_tried_for_long() -> None:
         assert BIRTHDAY in techniques_to_try(a, b)
 
 
-def test_the_sockets_of_a_birthday() -> None:
-    plan = plan_punch(Side.of(HARD), Side.of(EASY), proven={PARTNER[0]})
+@pytest.mark.parametrize(("measured", "second"), [(False, 3), (True, 2)])
+def test_the_sockets_of_a_birthday(measured: bool, second: int) -> None:
+    plan = plan_punch(Side.of(HARD), Side.of(EASY), proven={PARTNER[0]}, opener_ttl=2, opener_measured=measured)
     sent = run_out(puncher(plan))
-    assert len(sent) == 2 * BIRTHDAY_SOCKETS
+    assert len(sent) == most_probes(plan) == 3 * BIRTHDAY_SOCKETS
     assert {datagram.to for _, datagram in sent} == {PARTNER}
     assert sorted({datagram.socket for _, datagram in sent}) == list(range(1, BIRTHDAY_SOCKETS + 1))
-    first, again = sent[:BIRTHDAY_SOCKETS], sent[BIRTHDAY_SOCKETS:]
-    assert {datagram.ttl for _, datagram in first} == {2}
-    assert {datagram.ttl for _, datagram in again} == {None, 3}
+    first, again, last = (sent[i * BIRTHDAY_SOCKETS : (i + 1) * BIRTHDAY_SOCKETS] for i in range(3))
+    assert [{datagram.ttl for _, datagram in part} for part in (first, again, last)] == [{2}, {second}, {None}]
     assert first[-1][0] < 3.0 <= 7.9 < again[0][0]
+    assert again[-1][0] < 11.0 <= 17.9 < last[0][0]
 
 
 # -- strangers and partners that play tricks ----------------------------------------------------------------------

@@ -163,7 +163,9 @@ class GuessExchange:
         else:
             self._since = now
 
-    def plan(self, proven: Collection[str], *, opener_ttl: int | None, opener_wait: float) -> PunchPlan:
+    def plan(
+        self, proven: Collection[str], *, opener_ttl: int | None, opener_wait: float, opener_measured: bool = False
+    ) -> PunchPlan:
         """What our side does from `start_at` on."""
         if self._own is None or self.partner is None or self.technique is None:
             raise LocalProtocolError("the exchange is not over")
@@ -175,6 +177,7 @@ class GuessExchange:
             opens=self.opens,
             opener_ttl=opener_ttl,
             opener_wait=opener_wait,
+            opener_measured=opener_measured,
         )
 
 

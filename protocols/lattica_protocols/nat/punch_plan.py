@@ -92,6 +92,8 @@ class PunchPlan:
     """First packets die after so many hops: they open our own NAT and cannot poison the other's."""
     opener_wait: float = 0.0
     """Until the targets are probed with the usual TTL: about a round trip."""
+    opener_measured: bool = False
+    """`opener_ttl` is known to pass all NATs of our own."""
 
 
 def passes(source: NatBehaviour, target: NatBehaviour) -> bool:
@@ -132,12 +134,14 @@ def plan_punch(
     opens: bool | None = None,
     opener_ttl: int | None = None,
     opener_wait: float = 0.0,
+    opener_measured: bool = False,
 ) -> PunchPlan:
     """What our side does about `peer`, of which it said so itself. Both sides plan by themselves and come to match.
 
     `technique`: what was agreed on; default: what the verdicts suggest. `opens`: whether our side is the one that opens
     the sockets of a birthday; default: when it is the hard one. `opener_ttl` and `opener_wait`: in case the other box
-    is one that early packets poison. A birthday's sockets are always opened with a low TTL.
+    is one that early packets poison; `opener_measured`: the TTL is known to pass all NATs of our own. The sockets of a
+    birthday are always opened with a low TTL.
     """
     technique = technique or choose_technique(own.behaviour, peer.behaviour)
     targets = _known_targets(peer, technique)
@@ -161,6 +165,7 @@ def plan_punch(
             open_sockets=sockets,
             open_towards=towards,
             opener_ttl=opener_ttl or OPENER_TTL,
+            opener_measured=opener_measured and opener_ttl is not None,
         )
     low, high = search_range(peer.behaviour.allocation)
     ip = targets[0][0] if targets else None
