@@ -199,7 +199,6 @@ class HolePuncher:
             nursery.start_soon(self._leave_relays, direct, nursery)
         elif (other := self._upgrading.get(peer)) is None or other.closed.is_set():
             self._upgrading[peer] = connection
-            self.reports.pop(peer, None)  # of a connection before this one, whose time does not count
             nursery.start_soon(self._upgrade, connection)
 
     # -- one relayed connection ---------------------------------------------------------------------------

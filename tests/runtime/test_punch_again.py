@@ -54,33 +54,6 @@ def test_news_of_the_network_are_a_reason_to_try_again(
     run(main)
 
 
-def test_a_report_begins_with_its_relayed_connection(run: Any) -> None:
-    async def main() -> None:
-        async with (
-            relay_node(QUIC) as relay,
-            natted_node(relay, [QUIC]) as a,
-            natted_node(relay, [QUIC]) as b,
-            trio.open_nursery() as nursery,
-        ):
-            for node, other in ((a, b), (b, a)):
-                old = punch.PunchReport(other.peer_id, trio.current_time() - 100)
-                old.errors.append("exchange: the connection is being closed")
-                node.punch.reports[other.peer_id] = old
-                nursery.start_soon(node.punch.run)
-            await trio.testing.wait_all_tasks_blocked()
-            await a.host.connect(None, [circuit_to(b)])
-            for node, other in ((a, b), (b, a)):
-                await until_direct(node, other)
-                while not node.punch.reports[other.peer_id].result:
-                    await trio.lowlevel.checkpoint()
-                report = node.punch.reports[other.peer_id]
-                assert report.seconds < 50
-                assert "exchange: the connection is being closed" not in report.errors
-            nursery.cancel_scope.cancel()
-
-    run(main)
-
-
 def test_a_direct_path_that_is_lost_beside_a_relayed_one_is_looked_for_again(run: Any) -> None:
     async def main() -> None:
         async with (
