@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lattica_protocols.paths.heartbeat import USUAL, Heartbeat, Pace, Verdict
@@ -55,6 +55,7 @@ class Path:
 
 
 @given(st.floats(0, 100), st.floats(0, 30))
+@example(75.125, 0.0)  # wanted while a probe that keeps the path up is under way
 def test_a_path_that_is_used_is_given_up_in_time(before: float, cut_after: float) -> None:
     path = Path()
     path.run(before)

@@ -89,8 +89,15 @@ class Heartbeat:
         if self._probed_at is None:
             self.next_timeout = silent_since + self._pace.probe
             return self._probe(now) if now >= self.next_timeout else Verdict.NOTHING
-        self.next_timeout = max(silent_since + self._pace.dead, self._probed_at + self._pace.answer)
-        return Verdict.DEAD if now >= self.next_timeout else Verdict.NOTHING
+        dead_at = max(silent_since + self._pace.dead, self._probed_at + self._pace.answer)
+        self.next_timeout = dead_at
+        if now >= dead_at:
+            return Verdict.DEAD
+        # The answer may come without a call of `check`: then the next probe is due before the path would be dead.
+        again_at = max(silent_since, self._probed_at) + self._pace.probe
+        if now < again_at:
+            self.next_timeout = min(again_at, dead_at)
+        return Verdict.NOTHING
 
     def _probe(self, now: float) -> Verdict:
         self._probed_at = now
