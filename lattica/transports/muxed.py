@@ -30,7 +30,7 @@ from lattica.transports.muxed_stream import MuxedStream
 from lattica_protocols.errors import LocalProtocolError, RemoteProtocolError
 from lattica_protocols.limits import YAMUX_ACK_BACKLOG
 from lattica_protocols.multiaddr import Multiaddr
-from lattica_protocols.noise import MAX_MESSAGE, MAX_PLAINTEXT, NoiseOpener, NoiseSealer, NotAuthentic
+from lattica_protocols.noise_transport import MAX_MESSAGE, MAX_PLAINTEXT, NoiseOpener, NoiseSealer, NotAuthentic
 from lattica_protocols.paths.heartbeat import Heartbeat, Pace, Verdict
 from lattica_protocols.peer_id import PeerId
 from lattica_protocols.yamux import (
@@ -137,6 +137,7 @@ class MuxedConnection(Connection):
         """Received on all streams, and not read by anybody yet."""
         self._channel = channel
         self._sealer, self._opener = ciphers
+        self.cipher = self._sealer.cipher
         self._memory = memory
         self._pace = pace
         self._heartbeat = Heartbeat(self.opened_at, pace)

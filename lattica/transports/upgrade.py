@@ -26,12 +26,14 @@ import trio
 from lattica.errors import ConnectionLost, DialError, ProtocolNotSupported, StreamReset, WrongPeer
 from lattica.interfaces import Direction, Path
 from lattica.transports.channel import Channel
+from lattica.transports.cipher_choice import preferred_ciphers
 from lattica.transports.muxed import MuxedConnection, SharedMemory
 from lattica_protocols import noise, yamux
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.keys import PrivateKey
 from lattica_protocols.multiaddr import Multiaddr
 from lattica_protocols.multistream import Initiator, Responder
+from lattica_protocols.noise_transport import FRAME_OVERHEAD, NoiseOpener, NoiseSealer
 from lattica_protocols.paths.heartbeat import USUAL, Pace
 from lattica_protocols.peer_id import PeerId
 
@@ -59,7 +61,7 @@ class Upgrader:
         self.peer_id = PeerId.from_public_key(key.public_key)
         self.memory = SharedMemory()
         self._entropy = entropy
-        self._identity = noise.NoiseIdentity.create(key, entropy(32), MUXERS)
+        self._identity = noise.NoiseIdentity.create(key, entropy(32), MUXERS, preferred_ciphers())
         self._pace = pace
 
     async def upgrade(
@@ -165,7 +167,7 @@ class _Wire:
 class _SecuredWire(_Wire):
     """The same inside the encryption, for the muxer's negotiation."""
 
-    def __init__(self, outer: _Wire, ciphers: tuple[noise.NoiseSealer, noise.NoiseOpener]) -> None:
+    def __init__(self, outer: _Wire, ciphers: tuple[NoiseSealer, NoiseOpener]) -> None:
         super().__init__(outer._channel)
         self.ciphers = ciphers
         self._outer = outer
@@ -181,7 +183,7 @@ class _SecuredWire(_Wire):
         return self.take()
 
     async def send(self, data: bytes) -> None:
-        frame = bytearray(noise.FRAME_OVERHEAD + len(data))
+        frame = bytearray(FRAME_OVERHEAD + len(data))
         frame[2 : 2 + len(data)] = data
         self.ciphers[0].seal(memoryview(frame), 0, len(data))
         await self._outer.send(bytes(frame))

@@ -274,6 +274,8 @@ MAX_NOISE_HANDSHAKE_BYTES = 8192
 """One handshake message: an RSA-8192 key and its signature are 2.1 KB, the rest is for extensions we skip."""
 MAX_NOISE_MUXERS = 32
 """Muxers a peer offers in the handshake; there are two in the world."""
+MAX_NOISE_CIPHERS = 8
+"""Ciphers it would rather use after the handshake; there is one."""
 MAX_UNFINISHED_HANDSHAKES = 256
 """Accepted sockets that have not proven a peer id yet, all together: each costs a task and a file descriptor."""
 MAX_UNFINISHED_HANDSHAKES_PER_IP = 32

@@ -14,26 +14,23 @@ The payload of messages 2 and 3 is protobuf:
 
     1: identity_key   the host key (`PublicKey` protobuf)
     2: identity_sig   signature by it over "noise-libp2p-static-key:" || static X25519 key
-    4: extensions     2: stream_muxers, repeated text
+    4: extensions     2: stream_muxers, repeated text; 2048: transport_ciphers, repeated text
 
 Both sides name their muxers in order of preference; the first of the *initiator's* that the responder has too
 is used and needs no negotiation of its own. When a side sends none (rust-libp2p), multistream-select does it
 afterwards.
 
-After the handshake a message is `ciphertext || 16-byte tag`, so it carries up to 65519 bytes of plaintext.
-The nonce is 4 zero bytes and a little-endian u64 that counts messages from 0; each direction has its own key
-and counter.
+Beyond libp2p, each side may name in its extensions (field 2048: from 1024 on they are free for experiments) the
+ciphers it would rather use after the handshake than the one of the protocol's name. The first of the initiator's
+that the responder named too is used by both; peers that know nothing of it skip the field and stay with
+ChaChaPoly. The handshake authenticates both lists, so nobody on the way can take one out.
 
-`NoiseHandshake` is the machine for the first part, `NoiseSealer` and `NoiseOpener` are the second. They work
-in place: a plaintext that stands in the send buffer becomes ciphertext there, and back in the receive buffer,
-so no byte is copied for the sake of encryption. OpenSSL's ChaCha20-Poly1305 allows input and output to be the
-very same memory.
+`NoiseHandshake` is the machine. What it ends with, `NoiseSealer` and `NoiseOpener`, is in `noise_transport`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import hmac
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,32 +44,21 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from lattica_protocols.errors import LocalProtocolError, RemoteProtocolError
 from lattica_protocols.keys import PrivateKey, PublicKey
 from lattica_protocols.limits import (
+    MAX_NOISE_CIPHERS,
     MAX_NOISE_HANDSHAKE_BYTES,
     MAX_NOISE_MUXERS,
     MAX_PUBLIC_KEY_BYTES,
     MAX_SIGNATURE_BYTES,
 )
+from lattica_protocols.noise_transport import KEY_BYTES, TAG_BYTES, Cipher, NoiseOpener, NoiseSealer, hkdf
 from lattica_protocols.protobuf import Kind, Message, optional, repeated
 
 PROTOCOL_ID: Final = "/noise"
 PROTOCOL_NAME: Final = b"Noise_XX_25519_ChaChaPoly_SHA256"
-MAX_MESSAGE: Final = 65535
-"""Bytes of one Noise message: the length before it is a u16."""
-TAG_BYTES: Final = 16
-MAX_PLAINTEXT: Final = MAX_MESSAGE - TAG_BYTES
-FRAME_OVERHEAD: Final = 2 + TAG_BYTES
 
-_KEY_BYTES: Final = 32
 _SIGNED_PREFIX: Final = b"noise-libp2p-static-key:"
-_MAX_NONCE: Final = 2**64 - 2
-"""The Noise specification reserves 2**64 - 1 (for rekeying)."""
-_nonce = struct.Struct("<IQ").pack
-_put_length = struct.Struct(">H").pack_into
-_get_length = struct.Struct(">H").unpack_from
-
-
-class NotAuthentic(RemoteProtocolError):
-    """After the handshake: not what the peer sent, but altered, repeated or cut on its way."""
+_nonce: Final = struct.Struct("<IQ").pack
+_get_length: Final = struct.Struct(">H").unpack_from
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +66,7 @@ class NoiseExtensions(Message):
     """What the two sides tell each other under the handshake's protection."""
 
     stream_muxers: Sequence[str] = repeated(2, Kind.STRING, max_bytes=256, max_count=MAX_NOISE_MUXERS)
+    transport_ciphers: Sequence[str] = repeated(2048, Kind.STRING, max_bytes=64, max_count=MAX_NOISE_CIPHERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,18 +86,21 @@ class NoiseIdentity:
     static_private: bytes
     static_public: bytes
     payload: bytes
+    ciphers: tuple[Cipher, ...] = ()
 
     @classmethod
-    def create(cls, key: PrivateKey, static_private: bytes, muxers: Sequence[str]) -> NoiseIdentity:
-        """`static_private`: 32 random bytes. `muxers`: what we speak, best first; empty sends no
-        extension."""
+    def create(
+        cls, key: PrivateKey, static_private: bytes, muxers: Sequence[str], ciphers: Sequence[Cipher] = ()
+    ) -> NoiseIdentity:
+        """`static_private`: 32 random bytes. `muxers`: what we speak, best first. `ciphers`: what we would rather
+        use after the handshake, best first; empty leaves it at ChaChaPoly with everybody."""
         static_public = nacl.bindings.crypto_scalarmult_base(static_private)
         payload = NoisePayload(
             identity_key=key.public_key.to_protobuf(),
             identity_sig=key.sign(_SIGNED_PREFIX + static_public),
-            extensions=NoiseExtensions(stream_muxers=tuple(muxers)) if muxers else None,
+            extensions=NoiseExtensions(tuple(muxers), tuple(ciphers)) if muxers or ciphers else None,
         )
-        return cls(static_private, static_public, payload.encode())
+        return cls(static_private, static_public, payload.encode(), tuple(ciphers))
 
 
 class _SymmetricState:
@@ -131,7 +121,7 @@ class _SymmetricState:
         self.hash = hashlib.sha256(self.hash + data).digest()
 
     def mix_key(self, shared: bytes) -> None:
-        self.chaining_key, key = _hkdf(self.chaining_key, shared)
+        self.chaining_key, key = hkdf(self.chaining_key, shared)
         self.cipher = ChaCha20Poly1305(key)
         self.nonce = 0
 
@@ -155,7 +145,7 @@ class _SymmetricState:
         return out
 
     def split(self) -> tuple[bytes, bytes]:
-        return _hkdf(self.chaining_key, b"")
+        return hkdf(self.chaining_key, b"")
 
 
 class NoiseHandshake:
@@ -163,8 +153,8 @@ class NoiseHandshake:
 
     `receive_untrusted(data)` takes bytes as they come and says how many it used: what follows message 2 or 3
     in the same read belongs to the transport phase. `poll_transmit()` gives what is to be sent. When
-    `finished` is true, `remote_key` is the proven host key, `muxer` the agreed muxer or `None`, and `split()`
-    gives the two ciphers.
+    `finished` is true, `remote_key` is the proven host key, `muxer` the agreed muxer or `None`, `cipher` the one of
+    the transport phase, and `split()` gives both of its directions.
     """
 
     __slots__ = (
@@ -177,6 +167,7 @@ class NoiseHandshake:
         "_out",
         "_remote_ephemeral",
         "_state",
+        "cipher",
         "finished",
         "muxer",
         "payload",
@@ -193,7 +184,7 @@ class NoiseHandshake:
         prologue: bytes = b"",
     ) -> None:
         """`ephemeral_private`: 32 fresh random bytes, never used for a second handshake."""
-        if len(ephemeral_private) != _KEY_BYTES:
+        if len(ephemeral_private) != KEY_BYTES:
             raise LocalProtocolError("the ephemeral key has 32 bytes")
         self._identity = identity
         self._initiator = initiator
@@ -208,6 +199,7 @@ class NoiseHandshake:
         self.remote_key: PublicKey | None = None
         self.payload: NoisePayload | None = None
         self.muxer: str | None = None
+        self.cipher = Cipher.CHACHAPOLY
         if initiator:
             self._write_message()
 
@@ -242,8 +234,8 @@ class NoiseHandshake:
             raise LocalProtocolError("the Noise handshake is not finished")
         first, second = self._state.split()
         if self._initiator:
-            return NoiseSealer(first), NoiseOpener(second)
-        return NoiseSealer(second), NoiseOpener(first)
+            return NoiseSealer(first, self.cipher), NoiseOpener(second, self.cipher)
+        return NoiseSealer(second, self.cipher), NoiseOpener(first, self.cipher)
 
     # -- the three messages ----------------------------------------------------------------------------------
     def _write_message(self) -> None:
@@ -271,18 +263,18 @@ class NoiseHandshake:
             raise RemoteProtocolError("Noise handshake message out of turn")
         offset = 0
         if number < 2:
-            self._remote_ephemeral = message[:_KEY_BYTES]
-            if len(self._remote_ephemeral) < _KEY_BYTES:
+            self._remote_ephemeral = message[:KEY_BYTES]
+            if len(self._remote_ephemeral) < KEY_BYTES:
                 raise RemoteProtocolError("Noise handshake message is too short")
             state.mix_hash(self._remote_ephemeral)
-            offset = _KEY_BYTES
+            offset = KEY_BYTES
         if number == 1:
             state.mix_key(_diffie_hellman_untrusted(self._ephemeral, self._remote_ephemeral))
         static = b""
         if number > 0:
-            end = offset + _KEY_BYTES + TAG_BYTES
+            end = offset + KEY_BYTES + TAG_BYTES
             static = state.decrypt_and_hash_untrusted(message[offset:end])
-            if len(static) != _KEY_BYTES:
+            if len(static) != KEY_BYTES:
                 raise RemoteProtocolError("Noise handshake message is too short")
             state.mix_key(_diffie_hellman_untrusted(self._ephemeral, static))
             offset = end
@@ -304,60 +296,13 @@ class NoiseHandshake:
             raise RemoteProtocolError("Noise handshake: the host key did not sign the static key")
         self.remote_key = key
         self.payload = payload
-        theirs = payload.extensions.stream_muxers if payload.extensions is not None else ()
-        preferred, other = (self._muxers, theirs) if self._initiator else (theirs, self._muxers)
-        self.muxer = next((muxer for muxer in preferred if muxer in other), None)
+        extensions = payload.extensions or NoiseExtensions()
+        self.muxer = self._first_common(self._muxers, extensions.stream_muxers)
+        self.cipher = Cipher(self._first_common(self._identity.ciphers, extensions.transport_ciphers) or self.cipher)
 
-
-class NoiseSealer:
-    """Encrypts what we send."""
-
-    __slots__ = ("_encrypt_into", "_nonce")
-
-    def __init__(self, key: bytes) -> None:
-        self._encrypt_into = ChaCha20Poly1305(key).encrypt_into
-        self._nonce = 0
-
-    def seal(self, buffer: memoryview, start: int, length: int) -> int:
-        """Turn `length` bytes of plaintext at `start + 2` into a frame from `start` to the returned end, in
-        place.
-
-        The buffer needs 16 more bytes behind the plaintext. `LocalProtocolError` when the nonces are used up.
-        """
-        nonce = self._nonce
-        if nonce > _MAX_NONCE:
-            raise LocalProtocolError("all Noise nonces are used: the connection has to be made anew")
-        _put_length(buffer, start, length + TAG_BYTES)
-        start += 2
-        end = start + length
-        self._encrypt_into(_nonce(0, nonce), buffer[start:end], None, buffer[start : end + TAG_BYTES])
-        self._nonce = nonce + 1
-        return end + TAG_BYTES
-
-
-class NoiseOpener:
-    """Decrypts what we receive."""
-
-    __slots__ = ("_decrypt_into", "_nonce")
-
-    def __init__(self, key: bytes) -> None:
-        self._decrypt_into = ChaCha20Poly1305(key).decrypt_into
-        self._nonce = 0
-
-    def open_untrusted(self, message: memoryview) -> memoryview:
-        """Decrypt one message (without its length) in place. The result is the front part of `message`."""
-        nonce = self._nonce
-        plaintext = message[:-TAG_BYTES]
-        if len(message) < TAG_BYTES:
-            raise NotAuthentic(f"Noise message of {len(message)} bytes")
-        if nonce > _MAX_NONCE:
-            raise RemoteProtocolError("all Noise nonces are used")
-        try:
-            self._decrypt_into(_nonce(0, nonce), message, None, plaintext)
-        except InvalidTag:
-            raise NotAuthentic("Noise message does not decrypt") from None
-        self._nonce = nonce + 1
-        return plaintext
+    def _first_common(self, ours: Sequence[str], theirs: Sequence[str]) -> str | None:
+        preferred, other = (ours, theirs) if self._initiator else (theirs, ours)
+        return next((name for name in preferred if name in other), None)
 
 
 def _diffie_hellman_untrusted(private: bytes, public: bytes) -> bytes:
@@ -367,10 +312,3 @@ def _diffie_hellman_untrusted(private: bytes, public: bytes) -> bytes:
         return nacl.bindings.crypto_scalarmult(private, public)
     except nacl.exceptions.CryptoError:
         raise RemoteProtocolError("Noise handshake with a key of small order") from None
-
-
-def _hkdf(chaining_key: bytes, data: bytes) -> tuple[bytes, bytes]:
-    """HKDF of the Noise specification, section 4.3, with two outputs."""
-    secret = hmac.digest(chaining_key, data, "sha256")
-    first = hmac.digest(secret, b"\x01", "sha256")
-    return first, hmac.digest(secret, first + b"\x02", "sha256")

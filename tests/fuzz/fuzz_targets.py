@@ -39,7 +39,7 @@ from lattica_protocols.kad.store import ValueStore
 from lattica_protocols.multiaddr import Multiaddr
 from lattica_protocols.multihash import Multihash
 from lattica_protocols.nat.probe import encode_probe
-from lattica_protocols.noise import NoiseOpener, NoiseSealer
+from lattica_protocols.noise_transport import NoiseOpener, NoiseSealer
 from lattica_protocols.peer_id import PeerId
 from lattica_protocols.peer_record import PEER_RECORD_DOMAIN, PEER_RECORD_TYPE
 from lattica_protocols.protobuf import Message
@@ -94,7 +94,7 @@ SEEDS: dict[str, Callable[[], list[tuple[bytes, ...]]]] = {
     ],
     "lattica_protocols.stun.decode_address_untrusted": lambda: [(address,) for address in nat.addresses()],
     "lattica_protocols.stun.StunMessage.address_untrusted": lambda: [(address,) for address in nat.addresses()],
-    "lattica_protocols.noise.NoiseOpener.open_untrusted": lambda: [(b"", _sealed())],
+    "lattica_protocols.noise_transport.NoiseOpener.open_untrusted": lambda: [(b"", _sealed())],
     "lattica_protocols.blobs.messages.decode_ranges_untrusted": lambda: [
         (messages.encode_ranges([(0, 2), (3, 1)]),),
         (messages.encode_ranges([(i, 1) for i in range(50)]),),

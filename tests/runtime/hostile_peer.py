@@ -15,6 +15,7 @@ from lattica_protocols import noise
 from lattica_protocols.keys import PrivateKey
 from lattica_protocols.multiaddr import Multiaddr
 from lattica_protocols.multistream import encode_message
+from lattica_protocols.noise_transport import MAX_PLAINTEXT, TAG_BYTES, NoiseOpener, NoiseSealer
 from lattica_protocols.peer_id import PeerId
 from lattica_protocols.varint import encode_uvarint
 
@@ -79,7 +80,7 @@ async def until_closed(stream: trio.SocketStream, seconds: float) -> bytes:
 class RawPeer:
     """A connection after a proper Noise handshake, with our hands on its plaintext."""
 
-    def __init__(self, stream: trio.SocketStream, sealer: noise.NoiseSealer, opener: noise.NoiseOpener) -> None:
+    def __init__(self, stream: trio.SocketStream, sealer: NoiseSealer, opener: NoiseOpener) -> None:
         self.stream = stream
         self._sealer = sealer
         self._opener = opener
@@ -111,9 +112,9 @@ class RawPeer:
     async def send(self, plaintext: bytes) -> None:
         """As many Noise messages as it takes."""
         out = bytearray()
-        for start in range(0, len(plaintext), noise.MAX_PLAINTEXT):
-            part = plaintext[start : start + noise.MAX_PLAINTEXT]
-            frame = bytearray(2) + part + bytearray(noise.TAG_BYTES)
+        for start in range(0, len(plaintext), MAX_PLAINTEXT):
+            part = plaintext[start : start + MAX_PLAINTEXT]
+            frame = bytearray(2) + part + bytearray(TAG_BYTES)
             self._sealer.seal(memoryview(frame), 0, len(part))
             out += frame
         await self.stream.send_all(out)

@@ -13,6 +13,7 @@ import trio
 from lattica_protocols import noise
 from lattica_protocols.keys import PrivateKey
 from lattica_protocols.multistream import encode_message
+from lattica_protocols.noise_transport import FRAME_OVERHEAD
 
 DATA, WINDOW, PING, GO_AWAY = 0, 1, 2, 3
 SYN, ACK, FIN, RST = 1, 2, 4, 8
@@ -103,7 +104,7 @@ class OddPeer:
         """Encrypt and send."""
         for start in range(0, len(data), self._message):
             for part in (b"", data[start : start + self._message])[0 if self._padded else 1 :]:
-                sealed = bytearray(noise.FRAME_OVERHEAD + len(part))
+                sealed = bytearray(FRAME_OVERHEAD + len(part))
                 sealed[2 : 2 + len(part)] = part
                 self._sealer.seal(memoryview(sealed), 0, len(part))
                 await self.send(bytes(sealed))

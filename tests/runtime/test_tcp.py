@@ -22,6 +22,7 @@ from lattica.transports.muxed import MuxedConnection
 from lattica.transports.tcp import TcpTransport
 from lattica.transports.upgrade import ConnectionFacts
 from lattica_protocols.multiaddr import Multiaddr
+from lattica_protocols.noise_transport import Cipher
 from lattica_protocols.paths.heartbeat import Pace
 from lattica_protocols.peer_id import PeerId
 
@@ -412,6 +413,33 @@ def test_a_peer_without_inlined_muxers(run: Run, monkeypatch: pytest.MonkeyPatch
             ours, theirs = await pair.streams()
             await ours.send_all(b"x")
             assert await theirs.receive_exactly(1) == b"x"
+
+    run(main)
+
+
+@pytest.mark.parametrize("alice_asks", [True, False])
+@pytest.mark.parametrize("bob_asks", [True, False])
+def test_machines_with_and_without_aes(
+    run: Run, monkeypatch: pytest.MonkeyPatch, alice_asks: bool, bob_asks: bool
+) -> None:
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nodes = []
+            for key, asks in ((ALICE, alice_asks), (BOB, bob_asks)):
+                monkeypatch.setattr(upgrade, "preferred_ciphers", lambda asks=asks: (Cipher.AESGCM,) if asks else ())
+                nodes.append(Node(key, nursery))
+            alice, bob = nodes
+            await bob.listen()
+            outbound = await alice.transport.dial(bob.addr, BOB_ID)
+            inbound = await bob.inbound.receive()
+            assert isinstance(inbound, MuxedConnection)
+            used = Cipher.AESGCM if alice_asks and bob_asks else Cipher.CHACHAPOLY
+            assert outbound.cipher is inbound.cipher is used
+            ours, message = await outbound.open_stream(), os.urandom(200_000)
+            ours.write(message)
+            theirs = await inbound.accept_stream()
+            assert await theirs.receive_exactly(len(message)) == message
+            nursery.cancel_scope.cancel()
 
     run(main)
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from lattica_protocols import noise
 from lattica_protocols.errors import LocalProtocolError, RemoteProtocolError
 from lattica_protocols.keys import PrivateKey
-from lattica_protocols.noise import NoiseHandshake, NoiseIdentity, NoiseOpener, NoiseSealer
+from lattica_protocols.noise import NoiseHandshake, NoiseIdentity
+from lattica_protocols.noise_transport import FRAME_OVERHEAD, REKEY_AFTER, Cipher, NoiseOpener, NoiseSealer
 
 YAMUX = "/yamux/1.0.0"
 ALICE = PrivateKey.generate(bytes(range(32)))
@@ -59,8 +60,10 @@ TRANSPORT = [
 ]
 
 
-def identity(key: PrivateKey, static: bytes, muxers: tuple[str, ...] = (YAMUX,)) -> NoiseIdentity:
-    return NoiseIdentity.create(key, static, muxers)
+def identity(
+    key: PrivateKey, static: bytes, muxers: tuple[str, ...] = (YAMUX,), ciphers: tuple[Cipher, ...] = ()
+) -> NoiseIdentity:
+    return NoiseIdentity.create(key, static, muxers, ciphers)
 
 
 def pair(
@@ -79,6 +82,17 @@ def pair(
     )
 
 
+def pair_with_ciphers(
+    alice_ciphers: tuple[Cipher, ...], bob_ciphers: tuple[Cipher, ...]
+) -> tuple[NoiseHandshake, NoiseHandshake]:
+    return (
+        NoiseHandshake(
+            identity(ALICE, ALICE_STATIC, (), alice_ciphers), initiator=True, ephemeral_private=ALICE_EPHEMERAL
+        ),
+        NoiseHandshake(identity(BOB, BOB_STATIC, (), bob_ciphers), initiator=False, ephemeral_private=BOB_EPHEMERAL),
+    )
+
+
 def shake_hands(alice: NoiseHandshake, bob: NoiseHandshake) -> None:
     for sender, receiver in ((alice, bob), (bob, alice), (alice, bob)):
         data = sender.poll_transmit()
@@ -86,7 +100,7 @@ def shake_hands(alice: NoiseHandshake, bob: NoiseHandshake) -> None:
 
 
 def seal(sealer: NoiseSealer, plaintext: bytes) -> bytes:
-    frame = bytearray(len(plaintext) + noise.FRAME_OVERHEAD)
+    frame = bytearray(len(plaintext) + FRAME_OVERHEAD)
     frame[2 : 2 + len(plaintext)] = plaintext
     assert sealer.seal(memoryview(frame), 0, len(plaintext)) == len(frame)
     return bytes(frame)
@@ -142,6 +156,39 @@ def test_without_a_common_muxer_none_is_agreed(ours: tuple[str, ...], theirs: tu
     assert bob.muxer is None
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs", "agreed"),
+    [
+        ((Cipher.AESGCM,), (Cipher.AESGCM,), Cipher.AESGCM),
+        ((Cipher.AESGCM,), (), Cipher.CHACHAPOLY),
+        ((), (Cipher.AESGCM,), Cipher.CHACHAPOLY),
+        ((Cipher.CHACHAPOLY, Cipher.AESGCM), (Cipher.AESGCM, Cipher.CHACHAPOLY), Cipher.CHACHAPOLY),
+        ((Cipher.AESGCM, Cipher.CHACHAPOLY), (Cipher.CHACHAPOLY, Cipher.AESGCM), Cipher.AESGCM),
+    ],
+)
+def test_another_cipher_needs_both_and_the_initiators_order_counts(
+    ours: tuple[Cipher, ...], theirs: tuple[Cipher, ...], agreed: Cipher
+) -> None:
+    alice, bob = pair_with_ciphers(ours, theirs)
+    shake_hands(alice, bob)
+    assert alice.cipher is bob.cipher is agreed
+    (alice_seals, alice_opens), (bob_seals, bob_opens) = alice.split(), bob.split()
+    for sealer, opener in ((alice_seals, bob_opens), (bob_seals, alice_opens)):
+        for message in (b"first", b"", b"third"):
+            assert open_frame(opener, seal(sealer, message)) == message
+
+
+def test_ciphers_nobody_here_knows_are_skipped() -> None:
+    alice, bob = pair_with_ciphers((Cipher.AESGCM,), ())
+    strange = noise.NoisePayload.decode_untrusted(bob._identity.payload)
+    extended = noise.NoisePayload(
+        strange.identity_key, strange.identity_sig, noise.NoiseExtensions((), ("ROT13", "AESGCM", "ROT13"))
+    )
+    bob._identity = NoiseIdentity(BOB_STATIC, bob._identity.static_public, extended.encode(), (Cipher.AESGCM,))
+    shake_hands(alice, bob)
+    assert alice.cipher is bob.cipher is Cipher.AESGCM
+
+
 def test_bytes_behind_the_handshake_are_left_alone() -> None:
     alice, bob = pair()
     bob.receive_untrusted(alice.poll_transmit())
@@ -170,6 +217,40 @@ def test_in_place_is_the_same_as_the_plain_cipher() -> None:
     key, plaintext = bytes(range(32)), bytes(range(256)) * 255
     expected = ChaCha20Poly1305(key).encrypt(bytes(12), plaintext, None)
     assert seal(NoiseSealer(key), plaintext)[2:] == expected
+
+
+def hkdf_by_the_book(key: bytes, data: bytes) -> bytes:
+    """The first output: HKDF-SHA256 of RFC 5869 with the chaining key as salt and no info, as Noise says."""
+    from cryptography.hazmat.primitives.hashes import SHA256
+    from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+    return HKDF(algorithm=SHA256(), length=64, salt=key, info=b"").derive(data)[:32]
+
+
+def test_aesgcm_counts_big_endian_under_a_key_of_its_own() -> None:
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+    key, plaintext = bytes(range(32)), bytes(range(256)) * 255
+    plain = AESGCM(hkdf_by_the_book(key, b"lattica noise AESGCM"))
+    sealer = NoiseSealer(key, Cipher.AESGCM)
+    for nonce in range(3):
+        assert seal(sealer, plaintext)[2:] == plain.encrypt(bytes(4) + nonce.to_bytes(8, "big"), plaintext, None)
+
+
+def test_aesgcm_gets_a_new_key_in_time_and_both_sides_at_the_same_message() -> None:
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+    sealer, opener = NoiseSealer(bytes(32), Cipher.AESGCM), NoiseOpener(bytes(32), Cipher.AESGCM)
+    first = hkdf_by_the_book(bytes(32), b"lattica noise AESGCM")
+    keys = [first, AESGCM(first).encrypt(bytes(4) + b"\xff" * 8, bytes(32), None)[:32]]
+    for number in (REKEY_AFTER - 1, REKEY_AFTER, REKEY_AFTER + 1, 2 * REKEY_AFTER - 1, 2 * REKEY_AFTER):
+        sealer._nonce = opener._nonce = number
+        frame = seal(sealer, b"whichever key")
+        if number < 2 * REKEY_AFTER:
+            plain = AESGCM(keys[number // REKEY_AFTER])
+            assert frame[2:] == plain.encrypt(bytes(4) + number.to_bytes(8, "big"), b"whichever key", None)
+        assert open_frame(opener, frame) == b"whichever key"
+    assert sealer._limit == opener._limit == 3 * REKEY_AFTER
 
 
 def test_a_key_that_did_not_sign_is_refused() -> None:
@@ -254,9 +335,11 @@ def test_a_message_that_was_changed_repeated_or_cut_is_refused() -> None:
         NoiseOpener(key).open_untrusted(memoryview(bytearray(15)))
 
 
-def test_used_up_nonces_end_the_connection() -> None:
-    sealer, opener = NoiseSealer(bytes(32)), NoiseOpener(bytes(32))
+@pytest.mark.parametrize("cipher", list(Cipher))
+def test_used_up_nonces_end_the_connection(cipher: Cipher) -> None:
+    sealer, opener = NoiseSealer(bytes(32), cipher), NoiseOpener(bytes(32), cipher)
     sealer._nonce = opener._nonce = 2**64 - 2
+    sealer._limit = opener._limit = 2**64 - 1
     assert open_frame(opener, seal(sealer, b"the last one")) == b"the last one"
     with pytest.raises(LocalProtocolError, match="nonces"):
         seal(sealer, b"one more")
