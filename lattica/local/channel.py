@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from lattica.errors import ConnectionLost
-from lattica.local import memfd
 from lattica.local.memfd import LentSegments, SegmentPool
+from lattica.local.segment import AVAILABLE
 from lattica.rpc.channel import Channel, RequestHandler, Turn
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.limits import LOCAL_FD_OVER, LOCAL_MAX_FDS, LOCAL_MAX_OUTPUT
@@ -38,7 +38,7 @@ _SEND_FLAGS: Final = getattr(socket, "MSG_NOSIGNAL", 0)
 
 LOCAL_LIMITS: Final = RpcLimits(detach_over=None)
 """Tails stay in the socket until the other side has said that it takes file descriptors."""
-FEATURES: Final = frozenset({"fd"}) if memfd.AVAILABLE else frozenset()
+FEATURES: Final = frozenset({"fd"}) if AVAILABLE else frozenset()
 
 
 class LocalChannel(Channel):
@@ -108,13 +108,13 @@ class LocalChannel(Channel):
 
     def _agree(self) -> None:
         peer = self.machine.peer
-        over = LOCAL_FD_OVER if peer is not None and "fd" in peer.features and memfd.AVAILABLE else 1 << 62
+        over = LOCAL_FD_OVER if peer is not None and "fd" in peer.features and AVAILABLE else 1 << 62
         self.machine.outbox.detach_over = over
 
     def _receive_fd_untrusted(self, fd: int) -> None:
         tail_id = self._next_tail_id
         self._next_tail_id = (tail_id + 1) & 0xFFFFFFFF
-        self.machine.receive_tail(tail_id, memfd.map_tail_untrusted(fd))
+        self.machine.receive_tail(tail_id, self._pool.received.map_untrusted(fd))
 
     # -- writing ------------------------------------------------------------------------------------------
     def write_output(self) -> None:

@@ -1,18 +1,7 @@
-"""Long tails between processes of one machine, as memory that both sides map.
+"""Segments that this process owns: memory for long tails, lent to other processes of the machine and taken back.
 
-A segment is a memfd:
-
-    offset 0     u64  length of the tail (native byte order: it never leaves the machine)
-    offset 8     u8   released: the receiver writes 1 when nothing over the mapping is left
-    offset 4096  ...  the tail; the rest of the segment is not used
-
-Touching fresh memory costs three times as much as copying into memory that was touched before (64 MiB: 45 ms into a
-new memfd, 12 ms into a used one), so a sender keeps its segments and uses them again after the receiver's release.
-
-What the receiver checks before it maps: the segment is ordinary memory, it can never shrink (F_SEAL_SHRINK), and the
-tail lies inside it. A mapping that the sender cut off would end the receiver with SIGBUS; with the seal it cannot. The
-contents are not sealed, so a sender could change them later; both sides belong to the same user (the server asks the
-kernel), who can read and write the memory of both anyway.
+A sender keeps its segments, and its own mappings of them, and uses them again after the receiver's release; why is
+told in `segment`.
 """
 
 from __future__ import annotations
@@ -20,43 +9,44 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-import struct
 import threading
-import weakref
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from typing import Final
 
+from lattica.local.received import ReceivedSegments
+from lattica.local.segment import (
+    AVAILABLE,
+    HEADER,
+    HEADER_BYTES,
+    IDLE_SECONDS,
+    RELEASED_AT,
+    Count,
+    watched_view,
+)
 from lattica.rpc.buffers import TailPool
-from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.limits import (
     LOCAL_FD_OVER,
+    LOCAL_MAX_KEPT,
     LOCAL_MAX_LENT,
     LOCAL_MAX_LENT_BYTES,
     LOCAL_MAX_MAPPINGS,
     LOCAL_POOL_BYTES,
-    RPC_MAX_TAIL,
 )
 from lattica_protocols.rpc.frames import Buffer
 
-AVAILABLE: Final = hasattr(os, "memfd_create") and hasattr(fcntl, "F_ADD_SEALS")
-"""Linux. Elsewhere tails stay in the socket."""
-
-HEADER_BYTES: Final = 4096
-"""A page, so the tail is aligned as any tensor wants it."""
-IDLE_SECONDS: Final = 10.0
-"""How long an unused segment is kept: longer than the pause between two steps of a training loop."""
-
-_HEADER = struct.Struct("=QB")
-_RELEASED_AT: Final = 8
 _MAX_IOV: Final = 512
 """Buffers of one pwritev: the kernel takes 1,024."""
+
+_viewed: Final = Count()
+"""Tails of our own that are looked at; each holds two file descriptors."""
 
 
 class Segment:
     """Memory that this process owns and lends."""
 
-    __slots__ = ("capacity", "fd", "idle_since", "mapping", "pool")
+    __slots__ = ("capacity", "fd", "idle_since", "lent", "mapping", "pool", "view_id", "viewed")
 
     def __init__(self, fd: int, capacity: int, pool: SegmentPool) -> None:
         self.fd = fd
@@ -64,21 +54,45 @@ class Segment:
         self.capacity = capacity
         """Bytes of a tail that fit."""
         self.idle_since = 0.0
-        self.mapping: weakref.ref[OwnedTail] | None = None
-        """Through which we may still look at it ourselves."""
+        self.mapping: mmap.mmap | None = None
+        self.viewed = False
+        """We may look at its tail ourselves."""
+        self.view_id = 0
+        """Where it stands in the pool's `viewed`."""
+        self.lent = False
+        """It goes back to the pool by the receiver's release, not when our view ends."""
 
     def released(self) -> bool:
         """Nobody needs it any more."""
-        if self.mapping is not None and self.mapping() is not None:
-            return False
-        return os.pread(self.fd, 1, _RELEASED_AT) == b"\x01"
+        return not self.viewed and os.pread(self.fd, 1, RELEASED_AT) == b"\x01"
 
     def label(self, length: int) -> None:
         """Say how long the tail is that it carries now."""
-        os.pwrite(self.fd, _HEADER.pack(length, 0), 0)
+        os.pwrite(self.fd, HEADER.pack(length, 0), 0)
+
+    def view(self, length: int) -> memoryview:
+        """Its tail, to be filled. Raises `OSError` when it cannot be mapped."""
+        if self.mapping is None:
+            self.mapping = mmap.mmap(self.fd, HEADER_BYTES + self.capacity)
+        self.viewed, self.lent = True, False
+        _viewed.add(1)
+        view = watched_view(self.mapping, length, partial(self._unused, os.getpid()))
+        self.view_id = id(view.obj)
+        self.pool.viewed[self.view_id] = self
+        return view
+
+    def _unused(self, process: int) -> None:
+        _viewed.add(-1)
+        if os.getpid() != process:
+            return  # after a fork the parent still looks at it
+        self.viewed = False
+        self.pool.viewed.pop(self.view_id, None)
+        if not self.lent:
+            self.pool.give_back(self)
 
     def close(self) -> None:
         """Give the memory back. What others have mapped stays theirs."""
+        self.mapping = None
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -87,56 +101,13 @@ class Segment:
         self.close()
 
 
-class OwnedTail(mmap.mmap):
-    """A segment mapped here, to be filled by the network. It goes back to its pool when nothing over it is left,
-    unless it was lent to another process meanwhile."""
-
-    segment: Segment
-    lent = False
-    in_use = False
-    """Set once it is mapped: the object exists, and ends, also when that failed."""
-
-    def __del__(self) -> None:
-        if self.in_use:
-            _owned.add(-1)
-            if not self.lent:
-                self.segment.pool.give_back(self.segment)
-
-
-class ReceivedTail(mmap.mmap):
-    """A segment of another process, mapped here. Tells it when nothing over the mapping is left."""
-
-    in_use = False
-    """As in `OwnedTail`."""
-
-    def __del__(self) -> None:
-        if self.in_use:
-            _live.add(-1)
-            self[_RELEASED_AT] = 1
-
-
-class _Count:
-    """A number that several threads change."""
-
-    def __init__(self) -> None:
-        self.value = 0
-        self._lock = threading.RLock()  # a finalizer may run in the middle of `add`
-
-    def add(self, change: int) -> None:
-        with self._lock:
-            self.value += change
-
-
-_live = _Count()
-"""Received tails that are mapped; each holds a file descriptor."""
-_owned = _Count()
-"""Tails of our own that are mapped; each holds two."""
-
-
 class SegmentPool:
-    """Segments of one process. Safe to use from several threads."""
+    """Segments of one process, its own and those it received. Safe to use from several threads."""
 
     def __init__(self, max_idle_bytes: int = LOCAL_POOL_BYTES) -> None:
+        self.received = ReceivedSegments()
+        self.viewed: dict[int, Segment] = {}
+        """By the id of the object that the view of a segment is over."""
         self._max_idle_bytes = max_idle_bytes
         self._ordinary = TailPool()
         self._idle: list[Segment] = []
@@ -149,14 +120,13 @@ class SegmentPool:
     def store(self, buffers: Sequence[Buffer], length: int) -> Segment:
         """A segment with the bytes of `buffers`, to be lent. Raises `OSError` when there is no memory for it.
 
-        Buffers that make up a whole `OwnedTail` are not copied.
+        The whole view of a segment, as `stage` and `allocate` return it, is not copied.
         """
-        if len(buffers) == 1:
-            owned = _whole_owned_tail(buffers[0])
-            if owned is not None:
-                owned.lent = True
-                owned.segment.label(length)
-                return owned.segment
+        segment = self._viewed_as(buffers[0]) if len(buffers) == 1 else None
+        if segment is not None:
+            segment.lent = True
+            segment.label(length)
+            return segment
         segment = self._take(length)
         try:
             _write_all(segment.fd, buffers)
@@ -174,27 +144,31 @@ class SegmentPool:
         except OSError:
             segment.close()
             raise
-        return self._map(segment, length)
+        return self._view(segment, length)
 
     def allocate(self, length: int) -> Buffer:
         """Memory for a tail of `length` bytes: if it is then sent over a local socket, nothing is copied."""
-        return self._map(self._take(length), length)
+        return self._view(self._take(length), length)
 
-    def _map(self, segment: Segment, length: int) -> Buffer:
+    def _view(self, segment: Segment, length: int) -> Buffer:
         try:
-            mapping = OwnedTail(segment.fd, HEADER_BYTES + length)
+            return segment.view(length)
         except OSError:
             segment.close()
             raise
-        mapping.segment, mapping.in_use = segment, True
-        segment.mapping = weakref.ref(mapping)
-        _owned.add(1)
-        return memoryview(mapping)[HEADER_BYTES:]
+
+    def _viewed_as(self, buffer: Buffer) -> Segment | None:
+        """The segment that the buffer is the whole view of, unless it is lent already."""
+        if not isinstance(buffer, memoryview):
+            return None
+        segment = self.viewed.get(id(buffer.obj))
+        whole = segment is not None and len(buffer) == len(buffer.obj) and not segment.lent  # type: ignore[arg-type]
+        return segment if whole else None
 
     def allocate_tail(self, length: int) -> Buffer:
         """The allocator of a machine: shared memory for what is worth it, ordinary memory for the rest, and for all
         once `LOCAL_MAX_MAPPINGS` are in use: a peer must not take our file descriptors."""
-        if length > LOCAL_FD_OVER and AVAILABLE and _owned.value < LOCAL_MAX_MAPPINGS:
+        if length > LOCAL_FD_OVER and AVAILABLE and _viewed.value < LOCAL_MAX_MAPPINGS:
             try:
                 return self.allocate(length)
             except OSError:  # no file descriptor is left
@@ -205,11 +179,13 @@ class SegmentPool:
         """The segment is free again."""
         with self._lock:
             if segment.fd < 0:
-                return  # the garbage collector ended it together with its mapping
+                return  # whoever it was lent to is gone
             if self._closed or self._idle_bytes + segment.capacity > self._max_idle_bytes:
                 segment.close()
             else:
                 segment.idle_since = self.now
+                if len(self._idle) >= LOCAL_MAX_KEPT:
+                    segment.mapping = None
                 self._idle.append(segment)
                 self._idle_bytes += segment.capacity
 
@@ -226,7 +202,8 @@ class SegmentPool:
                 else:
                     keep.append(segment)
             self._idle = keep
-            return bool(keep)
+        mapped = self.received.trim(now)
+        return bool(keep) or mapped
 
     def close(self) -> None:
         """Free all that is idle now, and the rest as it comes back."""
@@ -236,13 +213,11 @@ class SegmentPool:
                 segment.close()
             self._idle.clear()
             self._idle_bytes = 0
+        self.received.close()
 
     def _take(self, length: int) -> Segment:
         with self._lock:
             best: Segment | None = None
-            for segment in [segment for segment in self._idle if segment.fd < 0]:
-                self._idle.remove(segment)  # likewise, and the mapping had given it back before
-                self._idle_bytes -= segment.capacity
             for segment in self._idle:
                 fits = length <= segment.capacity <= 4 * length
                 if fits and (best is None or segment.capacity < best.capacity):
@@ -250,7 +225,6 @@ class SegmentPool:
             if best is not None:
                 self._idle.remove(best)
                 self._idle_bytes -= best.capacity
-                best.mapping = None
                 return best
         return self._new_segment(length)
 
@@ -297,49 +271,6 @@ class LentSegments:
         self.bytes = 0
 
 
-def map_tail_untrusted(fd: int) -> memoryview | bytearray:
-    """The tail in a segment that another process sent; the caller still has to close `fd`.
-
-    Raises `RemoteProtocolError` when it is anything but a segment as described above.
-    """
-    try:
-        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-        size = os.fstat(fd).st_size
-        block = os.fstatvfs(fd).f_bsize
-    except OSError:
-        raise RemoteProtocolError("a file descriptor came that is not a memfd") from None
-    if not seals & fcntl.F_SEAL_SHRINK:
-        raise RemoteProtocolError("a memfd came that is not sealed against shrinking")
-    if block != mmap.PAGESIZE:  # huge pages are not there until they are touched, and then perhaps never: SIGBUS
-        raise RemoteProtocolError("a memfd of huge pages came")
-    if size < HEADER_BYTES:
-        raise RemoteProtocolError(f"a memfd of {size} bytes came, without a header")
-    length: int = _HEADER.unpack(os.pread(fd, _HEADER.size, 0))[0]
-    if length > RPC_MAX_TAIL or HEADER_BYTES + length > size:
-        raise RemoteProtocolError(f"a memfd of {size} bytes came for a tail of {length}")
-    try:
-        if _live.value >= LOCAL_MAX_MAPPINGS:
-            return _copy_tail_untrusted(fd, length)
-        mapping = ReceivedTail(fd, HEADER_BYTES + length)
-    except OSError as error:  # sealed against writing, opened for reading only
-        raise RemoteProtocolError(f"a memfd came that cannot be mapped: {error.strerror}") from None
-    mapping.in_use = True
-    _live.add(1)
-    return memoryview(mapping)[HEADER_BYTES:]
-
-
-def _copy_tail_untrusted(fd: int, length: int) -> bytearray:
-    copy = bytearray(length)
-    view, filled = memoryview(copy), 0
-    while filled < length:
-        got = os.preadv(fd, [view[filled:]], HEADER_BYTES + filled)
-        if got == 0:
-            raise RemoteProtocolError("a memfd came that became shorter")
-        filled += got
-    os.pwrite(fd, b"\x01", _RELEASED_AT)
-    return copy
-
-
 def _write_all(fd: int, buffers: Sequence[Buffer]) -> None:
     offset = HEADER_BYTES
     waiting = deque(memoryview(buffer) for buffer in buffers if len(buffer))
@@ -353,11 +284,4 @@ def _write_all(fd: int, buffers: Sequence[Buffer]) -> None:
                 break
             written -= len(view)
 
-
-def _whole_owned_tail(buffer: Buffer) -> OwnedTail | None:
-    if isinstance(buffer, memoryview) and isinstance(buffer.obj, OwnedTail):
-        mapping = buffer.obj
-        if not mapping.lent and len(buffer) == len(mapping) - HEADER_BYTES:
-            return mapping
-    return None
 

@@ -553,6 +553,11 @@ are copied."""
 LOCAL_POOL_BYTES = 256 << 20
 """Segments kept for use again, for some seconds: two tensors of 64 MiB in each direction."""
 
+LOCAL_MAX_KEPT = 32
+LOCAL_MAX_KEPT_BYTES = 256 << 20
+"""Mappings of segments that stay for the next tail in them: each holds a file descriptor. Two tensors of 64 MiB in each
+direction, or a dozen small ones of each of some workers."""
+
 LOCAL_MAX_FDS = 128
 """File descriptors in one message. The kernel takes 253."""
 

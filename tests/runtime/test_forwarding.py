@@ -22,7 +22,7 @@ from lattica.errors import (
     ResourceExhausted,
     ServiceNotFound,
 )
-from lattica.local import memfd
+from lattica.local import memfd, segment
 from lattica.rpc import client_streaming, forward
 from lattica.rpc.peer_channel import PeerChannel
 from lattica.testing import MemoryNetwork
@@ -395,7 +395,7 @@ def test_errors_of_a_handler_pass_through(two: Callable[[Main], None]) -> None:
     two(main)
 
 
-@pytest.mark.skipif(not memfd.AVAILABLE, reason="this system has no memfd")
+@pytest.mark.skipif(not segment.AVAILABLE, reason="this system has no memfd")
 def test_a_long_tail_is_copied_into_shared_memory_only_by_the_workers(
     two: Callable[[Main], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

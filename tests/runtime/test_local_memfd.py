@@ -10,14 +10,16 @@ from collections.abc import Iterator
 
 import pytest
 
-from lattica.local import memfd
-from lattica.local.memfd import HEADER_BYTES, LentSegments, SegmentPool, map_tail_untrusted
+from lattica.local import received, segment
+from lattica.local.memfd import LentSegments, SegmentPool
+from lattica.local.received import ReceivedSegments
+from lattica.local.segment import HEADER_BYTES
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.limits import LOCAL_MAX_LENT
 
-pytestmark = pytest.mark.skipif(not memfd.AVAILABLE, reason="this system has no memfd")
+pytestmark = pytest.mark.skipif(not segment.AVAILABLE, reason="this system has no memfd")
 
-SHRINK = fcntl.F_SEAL_SHRINK if memfd.AVAILABLE else 0
+SHRINK = fcntl.F_SEAL_SHRINK if segment.AVAILABLE else 0
 LENGTH = 2 << 20
 
 
@@ -41,6 +43,16 @@ def make_memfd(size: int, length: int, seals: int = SHRINK) -> int:
     if seals:
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
     return fd
+
+
+def map_tail_untrusted(fd: int) -> memoryview | bytearray:
+    return received.ReceivedSegments().map_untrusted(fd)
+
+
+def mapped_segments() -> int:
+    gc.collect()
+    with open("/proc/self/maps") as maps:
+        return sum("memfd:lattica-tail" in line for line in maps)
 
 
 def test_a_tail_arrives_as_it_was_stored(pool: SegmentPool) -> None:
@@ -102,14 +114,88 @@ def test_an_allocated_tail_that_is_not_sent_goes_back(pool: SegmentPool) -> None
     for _ in range(100):
         buffer = pool.allocate_tail(LENGTH)
         del buffer
-    assert open_fds() <= before + 1
+    assert open_fds() <= before + 2  # the segment and the mapping of it
+    assert mapped_segments() == 1
     pool.trim(0.0)
     assert not pool.trim(1000.0)
     assert open_fds() == before
 
 
+def test_what_was_mapped_once_stays_mapped_for_the_next_tail(pool: SegmentPool) -> None:
+    ours, lent = ReceivedSegments(), LentSegments()
+    for length in (LENGTH - 5, LENGTH, LENGTH // 2):
+        for byte in (b"1", b"2"):
+            owned = pool.store([byte * length], length)
+            lent.add(owned)
+            view = ours.map_untrusted(owned.fd)
+            assert bytes(view) == byte * length
+            assert not owned.released()
+            del view
+            assert owned.released()
+            lent.collect()
+            assert mapped_segments() == 1
+    assert ours.trim(0.0)
+    assert not ours.trim(1000.0)
+    assert mapped_segments() == 0
+    lent.close()
+
+
+def test_a_tail_that_outgrows_what_was_mapped(pool: SegmentPool) -> None:
+    ours, fd = ReceivedSegments(), make_memfd(HEADER_BYTES + 8 * LENGTH, 100)
+    os.pwrite(fd, b"short", HEADER_BYTES)
+    assert bytes(ours.map_untrusted(fd)[:5]) == b"short"
+    os.pwrite(fd, struct.pack("=QB", 8 * LENGTH, 0), 0)
+    os.pwrite(fd, b"end", HEADER_BYTES + 8 * LENGTH - 3)
+    assert bytes(ours.map_untrusted(fd)[-3:]) == b"end"
+    os.pwrite(fd, struct.pack("=QB", 8 * LENGTH + 1, 0), 0)
+    with pytest.raises(RemoteProtocolError, match="for a tail of"):
+        ours.map_untrusted(fd)
+    os.close(fd)
+
+
+def test_one_segment_sent_twice_is_looked_at_twice(pool: SegmentPool) -> None:
+    ours, owned = ReceivedSegments(), pool.store([b"x" * LENGTH], LENGTH)
+    first, second = ours.map_untrusted(owned.fd), ours.map_untrusted(owned.fd)
+    del first
+    assert bytes(second) == b"x" * LENGTH
+    assert mapped_segments() == 2
+    del second
+    assert mapped_segments() == 1
+    owned.close()
+
+
+def test_mappings_that_are_kept_are_bounded(pool: SegmentPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = ReceivedSegments()
+    monkeypatch.setattr(received, "LOCAL_MAX_KEPT", 3)
+    owned = [pool.store([b"x" * LENGTH], LENGTH) for _ in range(5)]
+    for one in owned:
+        ours.map_untrusted(one.fd)
+    assert mapped_segments() == 3
+    monkeypatch.setattr(received, "LOCAL_MAX_KEPT_BYTES", LENGTH)
+    ours.map_untrusted(owned[0].fd)
+    assert mapped_segments() == 3, "it is too large to be kept, and pushes nothing out"
+    ours.close()
+    assert mapped_segments() == 0
+    for one in owned:
+        one.close()
+
+
+def test_a_child_process_releases_nothing_of_its_parent(pool: SegmentPool) -> None:
+    ours, owned = ReceivedSegments(), pool.store([b"x" * LENGTH], LENGTH)
+    view = ours.map_untrusted(owned.fd)
+    child = os.fork()
+    if child == 0:
+        del view
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert not owned.released()
+    del view
+    assert owned.released()
+    owned.close()
+
+
 def test_mappings_are_bounded_and_further_tails_are_copied(pool: SegmentPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memfd, "LOCAL_MAX_MAPPINGS", memfd._live.value + 2)
+    monkeypatch.setattr(received, "LOCAL_MAX_MAPPINGS", received.live.value + 2)
     segment = pool.store([b"x" * LENGTH], LENGTH)
     kept = [map_tail_untrusted(segment.fd) for _ in range(3)]
     assert [type(view) for view in kept] == [memoryview, memoryview, bytearray]

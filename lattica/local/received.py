@@ -1,0 +1,143 @@
+"""Segments of other processes: checked, mapped, and told when their tail is not looked at any more.
+
+What is checked before one is mapped: it is ordinary memory, it can never shrink (F_SEAL_SHRINK), and the tail lies
+inside it. A mapping that the sender cut off would end the receiver with SIGBUS; with the seal it cannot. The contents
+are not sealed, so a sender could change them later; both sides belong to the same user (the server asks the kernel),
+who can read and write the memory of both anyway.
+
+A sender uses its segments again, so what was mapped once stays mapped for some seconds. A segment is known by its
+inode, which lives as long as our mapping does.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import threading
+from functools import partial
+from typing import Final
+
+from lattica.local.segment import HEADER, HEADER_BYTES, IDLE_SECONDS, RELEASED_AT, Count, watched_view
+from lattica_protocols.errors import RemoteProtocolError
+from lattica_protocols.limits import LOCAL_MAX_KEPT, LOCAL_MAX_KEPT_BYTES, LOCAL_MAX_MAPPINGS, RPC_MAX_TAIL
+
+Inode = tuple[int, int]
+
+WHOLE_WITHIN: Final = 4
+"""A segment at most so many times as long as its tail is mapped as a whole, for longer tails that may follow in it. Our
+senders use a segment for tails of a quarter of it and more."""
+SMALLEST_SEGMENT: Final = 1 << 20
+
+live: Final = Count()
+"""Received tails that are looked at; each holds a file descriptor."""
+
+
+class ReceivedSegments:
+    """The mappings of one process. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Inode, tuple[mmap.mmap, float]] = {}
+        """Of segments that we released, with the time of that, oldest first."""
+        self._kept_bytes = 0
+        self._lock = threading.RLock()  # a finalizer may run in the middle of a method
+        self._process = os.getpid()
+        self._now = 0.0
+        self._closed = False
+
+    def map_untrusted(self, fd: int) -> memoryview | bytearray:
+        """The tail in a segment that another process sent; the caller still has to close `fd`.
+
+        Raises `RemoteProtocolError` when it is anything but a segment as described in `lattica.local.segment`.
+        """
+        try:
+            status = os.fstat(fd)
+            inode = (status.st_dev, status.st_ino)
+            mapping = self._take(inode)
+            if mapping is None:
+                _check_untrusted(fd, status.st_size)
+                length: int = HEADER.unpack(os.pread(fd, HEADER.size, 0))[0]
+            else:
+                length = HEADER.unpack_from(mapping)[0]
+            if length > RPC_MAX_TAIL or HEADER_BYTES + length > status.st_size:
+                raise RemoteProtocolError(f"a memfd of {status.st_size} bytes came for a tail of {length}")
+            if live.value >= LOCAL_MAX_MAPPINGS or length == 0:
+                return _copy_untrusted(fd, length)
+            if mapping is None or HEADER_BYTES + length > len(mapping):
+                mapping = mmap.mmap(fd, _mapped_bytes(length, status.st_size))
+        except OSError as error:  # sealed against writing, opened for reading only
+            raise RemoteProtocolError(f"a memfd came that cannot be mapped: {error.strerror}") from None
+        live.add(1)
+        return watched_view(mapping, length, partial(self._release, inode, mapping))
+
+    def trim(self, now: float) -> bool:
+        """Unmap what was not used for long. True when something is left to unmap later."""
+        with self._lock:
+            self._now = now
+            for inode, (mapping, since) in list(self._kept.items()):
+                if now - since > IDLE_SECONDS:
+                    self._forget(inode, mapping)
+            return bool(self._kept)
+
+    def close(self) -> None:
+        """Unmap all that nobody looks at, and the rest when that ends."""
+        with self._lock:
+            self._closed = True
+            self._kept.clear()
+            self._kept_bytes = 0
+
+    def _take(self, inode: Inode) -> mmap.mmap | None:
+        with self._lock:
+            if inode not in self._kept:
+                return None
+            mapping, _ = self._kept[inode]
+            self._forget(inode, mapping)
+            return mapping
+
+    def _release(self, inode: Inode, mapping: mmap.mmap) -> None:
+        live.add(-1)
+        if os.getpid() != self._process:
+            return  # after a fork the parent still looks at it
+        with self._lock:
+            if inode not in self._kept and not self._closed and len(mapping) <= LOCAL_MAX_KEPT_BYTES:
+                self._kept[inode] = (mapping, self._now)
+                self._kept_bytes += len(mapping)
+                while len(self._kept) > LOCAL_MAX_KEPT or self._kept_bytes > LOCAL_MAX_KEPT_BYTES:
+                    oldest = next(iter(self._kept))
+                    self._forget(oldest, self._kept[oldest][0])
+        mapping[RELEASED_AT] = 1
+
+    def _forget(self, inode: Inode, mapping: mmap.mmap) -> None:
+        del self._kept[inode]
+        self._kept_bytes -= len(mapping)
+
+
+def _mapped_bytes(length: int, size: int) -> int:
+    whole = size <= HEADER_BYTES + max(SMALLEST_SEGMENT, WHOLE_WITHIN * length)
+    return size if whole else HEADER_BYTES + length
+
+
+def _check_untrusted(fd: int, size: int) -> None:
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+        block = os.fstatvfs(fd).f_bsize
+    except OSError:
+        raise RemoteProtocolError("a file descriptor came that is not a memfd") from None
+    if not seals & fcntl.F_SEAL_SHRINK:
+        raise RemoteProtocolError("a memfd came that is not sealed against shrinking")
+    if block != mmap.PAGESIZE:  # huge pages are not there until they are touched, and then perhaps never: SIGBUS
+        raise RemoteProtocolError("a memfd of huge pages came")
+    if size < HEADER_BYTES:
+        raise RemoteProtocolError(f"a memfd of {size} bytes came, without a header")
+
+
+def _copy_untrusted(fd: int, length: int) -> bytearray:
+    copy = bytearray(length)
+    view, filled = memoryview(copy), 0
+    while filled < length:
+        got = os.preadv(fd, [view[filled:]], HEADER_BYTES + filled)
+        if got == 0:
+            raise RemoteProtocolError("a memfd came that became shorter")
+        filled += got
+    os.pwrite(fd, b"\x01", RELEASED_AT)
+    return copy
