@@ -114,7 +114,7 @@ class LocalChannel(Channel):
     def _receive_fd_untrusted(self, fd: int) -> None:
         tail_id = self._next_tail_id
         self._next_tail_id = (tail_id + 1) & 0xFFFFFFFF
-        self.machine.receive_tail(tail_id, self._pool.received.map_untrusted(fd))
+        self.machine.receive_tail(tail_id, self._pool.received.map_untrusted(fd, self))
 
     # -- writing ------------------------------------------------------------------------------------------
     def write_output(self) -> None:
@@ -236,6 +236,7 @@ class LocalChannel(Channel):
         while self._fds:
             os.close(self._fds.popleft())
         self._lent.close()
+        self._pool.received.sender_gone(self)
         self.lost(reason)
 
 

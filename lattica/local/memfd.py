@@ -213,7 +213,6 @@ class SegmentPool:
                 segment.close()
             self._idle.clear()
             self._idle_bytes = 0
-        self.received.close()
 
     def _take(self, length: int) -> Segment:
         with self._lock:

@@ -5,8 +5,8 @@ inside it. A mapping that the sender cut off would end the receiver with SIGBUS;
 are not sealed, so a sender could change them later; both sides belong to the same user (the server asks the kernel),
 who can read and write the memory of both anyway.
 
-A sender uses its segments again, so what was mapped once stays mapped for some seconds. A segment is known by its
-inode, which lives as long as our mapping does.
+A sender uses its segments again, so what was mapped once stays mapped for some seconds, while the sender is there. A
+segment is known by its inode, which lives as long as our mapping does.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import mmap
 import os
 import threading
 from functools import partial
-from typing import Final
+from typing import Final, NamedTuple, Protocol
 
 from lattica.local.segment import HEADER, HEADER_BYTES, IDLE_SECONDS, RELEASED_AT, Count, watched_view
 from lattica_protocols.errors import RemoteProtocolError
@@ -29,24 +29,35 @@ WHOLE_WITHIN: Final = 4
 senders use a segment for tails of a quarter of it and more."""
 SMALLEST_SEGMENT: Final = 1 << 20
 
+class Sender(Protocol):
+    """A connection that segments come from."""
+
+    closed: bool
+
+
 live: Final = Count()
 """Received tails that are looked at; each holds a file descriptor."""
+
+
+class _Kept(NamedTuple):
+    mapping: mmap.mmap
+    sender: Sender
+    since: float
 
 
 class ReceivedSegments:
     """The mappings of one process. Safe to use from several threads."""
 
     def __init__(self) -> None:
-        self._kept: dict[Inode, tuple[mmap.mmap, float]] = {}
-        """Of segments that we released, with the time of that, oldest first."""
+        self._kept: dict[Inode, _Kept] = {}
+        """Of segments that we released, oldest first."""
         self._kept_bytes = 0
         self._lock = threading.RLock()  # a finalizer may run in the middle of a method
         self._process = os.getpid()
         self._now = 0.0
-        self._closed = False
 
-    def map_untrusted(self, fd: int) -> memoryview | bytearray:
-        """The tail in a segment that another process sent; the caller still has to close `fd`.
+    def map_untrusted(self, fd: int, sender: Sender) -> memoryview | bytearray:
+        """The tail in a segment that came from `sender`; the caller still has to close `fd`.
 
         Raises `RemoteProtocolError` when it is anything but a segment as described in `lattica.local.segment`.
         """
@@ -68,48 +79,44 @@ class ReceivedSegments:
         except OSError as error:  # sealed against writing, opened for reading only
             raise RemoteProtocolError(f"a memfd came that cannot be mapped: {error.strerror}") from None
         live.add(1)
-        return watched_view(mapping, length, partial(self._release, inode, mapping))
+        return watched_view(mapping, length, partial(self._release, inode, mapping, sender))
 
     def trim(self, now: float) -> bool:
         """Unmap what was not used for long. True when something is left to unmap later."""
         with self._lock:
             self._now = now
-            for inode, (mapping, since) in list(self._kept.items()):
-                if now - since > IDLE_SECONDS:
-                    self._forget(inode, mapping)
+            for inode, kept in list(self._kept.items()):
+                if now - kept.since > IDLE_SECONDS:
+                    self._forget(inode)
             return bool(self._kept)
 
-    def close(self) -> None:
-        """Unmap all that nobody looks at, and the rest when that ends."""
+    def sender_gone(self, sender: Sender) -> None:
+        """It has closed: unmap what came from it and nobody looks at, and the rest when that ends."""
         with self._lock:
-            self._closed = True
-            self._kept.clear()
-            self._kept_bytes = 0
+            for inode, kept in list(self._kept.items()):
+                if kept.sender is sender:
+                    self._forget(inode)
 
     def _take(self, inode: Inode) -> mmap.mmap | None:
         with self._lock:
-            if inode not in self._kept:
-                return None
-            mapping, _ = self._kept[inode]
-            self._forget(inode, mapping)
-            return mapping
+            return self._forget(inode) if inode in self._kept else None
 
-    def _release(self, inode: Inode, mapping: mmap.mmap) -> None:
+    def _release(self, inode: Inode, mapping: mmap.mmap, sender: Sender) -> None:
         live.add(-1)
         if os.getpid() != self._process:
             return  # after a fork the parent still looks at it
         with self._lock:
-            if inode not in self._kept and not self._closed and len(mapping) <= LOCAL_MAX_KEPT_BYTES:
-                self._kept[inode] = (mapping, self._now)
+            if inode not in self._kept and not sender.closed and len(mapping) <= LOCAL_MAX_KEPT_BYTES:
+                self._kept[inode] = _Kept(mapping, sender, self._now)
                 self._kept_bytes += len(mapping)
                 while len(self._kept) > LOCAL_MAX_KEPT or self._kept_bytes > LOCAL_MAX_KEPT_BYTES:
-                    oldest = next(iter(self._kept))
-                    self._forget(oldest, self._kept[oldest][0])
+                    self._forget(next(iter(self._kept)))
         mapping[RELEASED_AT] = 1
 
-    def _forget(self, inode: Inode, mapping: mmap.mmap) -> None:
-        del self._kept[inode]
-        self._kept_bytes -= len(mapping)
+    def _forget(self, inode: Inode) -> mmap.mmap:
+        kept = self._kept.pop(inode)
+        self._kept_bytes -= len(kept.mapping)
+        return kept.mapping
 
 
 def _mapped_bytes(length: int, size: int) -> int:

@@ -45,8 +45,15 @@ def make_memfd(size: int, length: int, seals: int = SHRINK) -> int:
     return fd
 
 
+class Sender:
+    closed = False
+
+
+SENDER = Sender()
+
+
 def map_tail_untrusted(fd: int) -> memoryview | bytearray:
-    return received.ReceivedSegments().map_untrusted(fd)
+    return ReceivedSegments().map_untrusted(fd, SENDER)
 
 
 def mapped_segments() -> int:
@@ -127,7 +134,7 @@ def test_what_was_mapped_once_stays_mapped_for_the_next_tail(pool: SegmentPool) 
         for byte in (b"1", b"2"):
             owned = pool.store([byte * length], length)
             lent.add(owned)
-            view = ours.map_untrusted(owned.fd)
+            view = ours.map_untrusted(owned.fd, SENDER)
             assert bytes(view) == byte * length
             assert not owned.released()
             del view
@@ -143,19 +150,19 @@ def test_what_was_mapped_once_stays_mapped_for_the_next_tail(pool: SegmentPool) 
 def test_a_tail_that_outgrows_what_was_mapped(pool: SegmentPool) -> None:
     ours, fd = ReceivedSegments(), make_memfd(HEADER_BYTES + 8 * LENGTH, 100)
     os.pwrite(fd, b"short", HEADER_BYTES)
-    assert bytes(ours.map_untrusted(fd)[:5]) == b"short"
+    assert bytes(ours.map_untrusted(fd, SENDER)[:5]) == b"short"
     os.pwrite(fd, struct.pack("=QB", 8 * LENGTH, 0), 0)
     os.pwrite(fd, b"end", HEADER_BYTES + 8 * LENGTH - 3)
-    assert bytes(ours.map_untrusted(fd)[-3:]) == b"end"
+    assert bytes(ours.map_untrusted(fd, SENDER)[-3:]) == b"end"
     os.pwrite(fd, struct.pack("=QB", 8 * LENGTH + 1, 0), 0)
     with pytest.raises(RemoteProtocolError, match="for a tail of"):
-        ours.map_untrusted(fd)
+        ours.map_untrusted(fd, SENDER)
     os.close(fd)
 
 
 def test_one_segment_sent_twice_is_looked_at_twice(pool: SegmentPool) -> None:
     ours, owned = ReceivedSegments(), pool.store([b"x" * LENGTH], LENGTH)
-    first, second = ours.map_untrusted(owned.fd), ours.map_untrusted(owned.fd)
+    first, second = ours.map_untrusted(owned.fd, SENDER), ours.map_untrusted(owned.fd, SENDER)
     del first
     assert bytes(second) == b"x" * LENGTH
     assert mapped_segments() == 2
@@ -169,20 +176,33 @@ def test_mappings_that_are_kept_are_bounded(pool: SegmentPool, monkeypatch: pyte
     monkeypatch.setattr(received, "LOCAL_MAX_KEPT", 3)
     owned = [pool.store([b"x" * LENGTH], LENGTH) for _ in range(5)]
     for one in owned:
-        ours.map_untrusted(one.fd)
+        ours.map_untrusted(one.fd, SENDER)
     assert mapped_segments() == 3
     monkeypatch.setattr(received, "LOCAL_MAX_KEPT_BYTES", LENGTH)
-    ours.map_untrusted(owned[0].fd)
+    ours.map_untrusted(owned[0].fd, SENDER)
     assert mapped_segments() == 3, "it is too large to be kept, and pushes nothing out"
-    ours.close()
+    ours.sender_gone(Sender())
+    assert mapped_segments() == 3
+    ours.sender_gone(SENDER)
     assert mapped_segments() == 0
     for one in owned:
         one.close()
 
 
+def test_nothing_stays_mapped_of_a_sender_that_is_gone(pool: SegmentPool) -> None:
+    ours, sender, owned = ReceivedSegments(), Sender(), pool.store([b"x" * LENGTH], LENGTH)
+    view = ours.map_untrusted(owned.fd, sender)
+    sender.closed = True
+    ours.sender_gone(sender)
+    assert bytes(view) == b"x" * LENGTH
+    del view
+    assert mapped_segments() == 0
+    owned.close()
+
+
 def test_a_child_process_releases_nothing_of_its_parent(pool: SegmentPool) -> None:
     ours, owned = ReceivedSegments(), pool.store([b"x" * LENGTH], LENGTH)
-    view = ours.map_untrusted(owned.fd)
+    view = ours.map_untrusted(owned.fd, SENDER)
     child = os.fork()
     if child == 0:
         del view
