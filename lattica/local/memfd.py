@@ -3,7 +3,7 @@
 A segment is a memfd:
 
     offset 0     u64  length of the tail (native byte order: it never leaves the machine)
-    offset 8     u8   released: the receiver writes 1 when nothing over the mapping is left
+    offset 8     u8   released: the receiver writes 1 when nothing over the mapping is left, 2 when forks may look
     offset 4096  ...  the tail; the rest of the segment is not used
 
 Touching fresh memory costs three times as much as copying into memory that was touched before (64 MiB: 45 ms into a
@@ -13,6 +13,9 @@ What the receiver checks before it maps: the segment is ordinary memory, it can 
 tail lies inside it. A mapping that the sender cut off would end the receiver with SIGBUS; with the seal it cannot. The
 contents are not sealed, so a sender could change them later; both sides belong to the same user (the server asks the
 kernel), who can read and write the memory of both anyway.
+
+A fork leaves a mapping in two processes, of which neither sees when the other is done with it. What was mapped before
+is therefore released with a 2: the sender forgets the segment, and the kernel frees it with the last mapping.
 """
 
 from __future__ import annotations
@@ -49,6 +52,8 @@ IDLE_SECONDS: Final = 10.0
 
 _HEADER = struct.Struct("=QB")
 _RELEASED_AT: Final = 8
+_RELEASED: Final = b"\x01"
+_SHARED: Final = b"\x02"
 _MAX_IOV: Final = 512
 """Buffers of one pwritev: the kernel takes 1,024."""
 
@@ -56,7 +61,7 @@ _MAX_IOV: Final = 512
 class Segment:
     """Memory that this process owns and lends."""
 
-    __slots__ = ("capacity", "fd", "idle_since", "mapping", "pool")
+    __slots__ = ("capacity", "fd", "idle_since", "mapping", "pool", "shared")
 
     def __init__(self, fd: int, capacity: int, pool: SegmentPool) -> None:
         self.fd = fd
@@ -64,14 +69,18 @@ class Segment:
         self.capacity = capacity
         """Bytes of a tail that fit."""
         self.idle_since = 0.0
+        self.shared = False
+        """Released, but not to be used again."""
         self.mapping: weakref.ref[OwnedTail] | None = None
         """Through which we may still look at it ourselves."""
 
     def released(self) -> bool:
-        """Nobody needs it any more."""
+        """The receiver needs it no more."""
         if self.mapping is not None and self.mapping() is not None:
             return False
-        return os.pread(self.fd, 1, _RELEASED_AT) == b"\x01"
+        state = os.pread(self.fd, 1, _RELEASED_AT)
+        self.shared = state == _SHARED
+        return state in (_RELEASED, _SHARED)
 
     def label(self, length: int) -> None:
         """Say how long the tail is that it carries now."""
@@ -95,24 +104,31 @@ class OwnedTail(mmap.mmap):
     lent = False
     in_use = False
     """Set once it is mapped: the object exists, and ends, also when that failed."""
+    born = 0
+    """`_forks.value` when it was mapped."""
 
     def __del__(self) -> None:
         if self.in_use:
             _owned.add(-1)
-            if not self.lent:
+            if self.lent:
+                return
+            if self.born == _forks.value:
                 self.segment.pool.give_back(self.segment)
+            else:
+                self.segment.close()
 
 
 class ReceivedTail(mmap.mmap):
     """A segment of another process, mapped here. Tells it when nothing over the mapping is left."""
 
     in_use = False
-    """As in `OwnedTail`."""
+    born = 0
+    """Both as in `OwnedTail`."""
 
     def __del__(self) -> None:
         if self.in_use:
             _live.add(-1)
-            self[_RELEASED_AT] = 1
+            self[_RELEASED_AT : _RELEASED_AT + 1] = _RELEASED if self.born == _forks.value else _SHARED
 
 
 class _Count:
@@ -120,6 +136,10 @@ class _Count:
 
     def __init__(self) -> None:
         self.value = 0
+        self.reset_lock()
+
+    def reset_lock(self) -> None:
+        """In the child of a fork: the thread that held the lock is not there."""
         self._lock = threading.RLock()  # a finalizer may run in the middle of `add`
 
     def add(self, change: int) -> None:
@@ -131,6 +151,22 @@ _live = _Count()
 """Received tails that are mapped; each holds a file descriptor."""
 _owned = _Count()
 """Tails of our own that are mapped; each holds two."""
+_forks = _Count()
+"""Counts up before and after every fork: what was mapped while it had another value may be in two processes."""
+
+
+def _one_more_fork() -> None:
+    _forks.add(1)
+
+
+def _in_child() -> None:
+    for count in (_live, _owned, _forks):
+        count.reset_lock()
+    _one_more_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_one_more_fork, after_in_parent=_one_more_fork, after_in_child=_in_child)
 
 
 class SegmentPool:
@@ -186,7 +222,7 @@ class SegmentPool:
         except OSError:
             segment.close()
             raise
-        mapping.segment, mapping.in_use = segment, True
+        mapping.segment, mapping.in_use, mapping.born = segment, True, _forks.value
         segment.mapping = weakref.ref(mapping)
         _owned.add(1)
         return memoryview(mapping)[HEADER_BYTES:]
@@ -206,7 +242,7 @@ class SegmentPool:
         with self._lock:
             if segment.fd < 0:
                 return  # the garbage collector ended it together with its mapping
-            if self._closed or self._idle_bytes + segment.capacity > self._max_idle_bytes:
+            if self._closed or segment.shared or self._idle_bytes + segment.capacity > self._max_idle_bytes:
                 segment.close()
             else:
                 segment.idle_since = self.now
@@ -236,6 +272,11 @@ class SegmentPool:
                 segment.close()
             self._idle.clear()
             self._idle_bytes = 0
+
+    def abandon(self) -> None:
+        """In the child of a fork, which has descriptors of its own for the same segments: close them."""
+        self._lock = threading.RLock()  # the thread that held it is not there
+        self.close()
 
     def _take(self, length: int) -> Segment:
         with self._lock:
@@ -323,7 +364,7 @@ def map_tail_untrusted(fd: int) -> memoryview | bytearray:
         mapping = ReceivedTail(fd, HEADER_BYTES + length)
     except OSError as error:  # sealed against writing, opened for reading only
         raise RemoteProtocolError(f"a memfd came that cannot be mapped: {error.strerror}") from None
-    mapping.in_use = True
+    mapping.in_use, mapping.born = True, _forks.value
     _live.add(1)
     return memoryview(mapping)[HEADER_BYTES:]
 
@@ -336,7 +377,7 @@ def _copy_tail_untrusted(fd: int, length: int) -> bytearray:
         if got == 0:
             raise RemoteProtocolError("a memfd came that became shorter")
         filled += got
-    os.pwrite(fd, b"\x01", _RELEASED_AT)
+    os.pwrite(fd, _RELEASED, _RELEASED_AT)
     return copy
 
 
@@ -360,4 +401,3 @@ def _whole_owned_tail(buffer: Buffer) -> OwnedTail | None:
         if not mapping.lent and len(buffer) == len(mapping) - HEADER_BYTES:
             return mapping
     return None
-
