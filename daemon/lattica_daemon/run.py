@@ -19,7 +19,6 @@ from contextlib import asynccontextmanager
 import trio
 
 from lattica.errors import ConfigError, LatticaError
-from lattica.local.memfd import SegmentPool
 from lattica.local.server import open_local_server
 from lattica.node import Node, NodeConfig, open_node
 from lattica_daemon import logs
@@ -105,13 +104,12 @@ async def open_daemon(home: Home, settings: Settings) -> AsyncIterator[Daemon]:
 
 @asynccontextmanager
 async def _local_socket(daemon: Daemon, node: Node) -> AsyncIterator[None]:
-    pool = SegmentPool()
     async with open_local_server(
         daemon.home.socket_path,
         node.peer_id,
         daemon.forwarder.on_local_request,
         turn=node.rpc.turn,
-        pool=pool,
+        pool=daemon.forwarder.pool,
         on_client_gone=daemon.forwarder.client_gone,
     ) as server:
         daemon.local = server

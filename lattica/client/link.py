@@ -154,6 +154,12 @@ class Link(LocalChannel):
             if self.waiting_callers:
                 self.capacity.notify_all()
 
+    def abandon(self) -> None:
+        """See `LocalChannel`."""
+        super().abandon()
+        self._bell_out.close()
+        self._bell_in.close()
+
     def _run(self) -> None:
         with self.lock:
             self.flush()
@@ -264,4 +270,3 @@ class Waiter:
         if seconds is None:
             return self._bell.acquire()
         return self._bell.acquire(timeout=max(0.0, min(seconds, threading.TIMEOUT_MAX)))
-

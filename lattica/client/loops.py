@@ -192,6 +192,11 @@ class _AsyncioLoop(Loop):
     async def watch(
         self, sock: socket.socket, on_readable: Callable[[], None], on_writable: Callable[[], None]
     ) -> None:
+        from sniffio import current_async_library_cvar
+
+        # To start a task, anyio has to know its library, which asyncio tells in tasks only. Callbacks run in a copy of
+        # this context.
+        current_async_library_cvar.set("asyncio")
         end: asyncio.Future[None] = self._loop.create_future()
 
         def guarded(function: Callable[[], None]) -> Callable[[], None]:

@@ -82,6 +82,7 @@ class Client(DaemonVerbs):
         """The daemon's socket."""
         self._timeout = timeout
         self._pool = SegmentPool()
+        self._handler_threads = handler_threads
         self._threads = HandlerThreads(handler_threads, "lattica-handler")
         self._methods: dict[str, Method] = {}
         self._services: dict[str, list[str]] = {}
@@ -385,16 +386,17 @@ _clients: weakref.WeakSet[Client] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    """A child of a fork has no reading thread: it connects anew when it calls, and leaves the socket alone."""
+    """A child of a fork has no reading thread: it connects anew when it calls. The parent's connection was abandoned by
+    the time this is called."""
     for client in list(_clients):
         client._link = None
         client._connecting = threading.Lock()
-        client._threads = HandlerThreads(HANDLER_THREADS, "lattica-handler")
+        client._threads = HandlerThreads(client._handler_threads, "lattica-handler")
         client._services.clear()
         client._methods.clear()
+        client._pool.abandon()
         client._pool = SegmentPool()
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
-

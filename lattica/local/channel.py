@@ -13,6 +13,7 @@ import contextlib
 import errno
 import os
 import socket
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -72,6 +73,7 @@ class LocalChannel(Channel):
         self._next_tail_id = 0
         self._buffer = bytearray(READ_BYTES)
         self._view = memoryview(self._buffer)
+        _channels.add(self)
 
     def now(self) -> float:
         """The clock given to the constructor."""
@@ -229,6 +231,16 @@ class LocalChannel(Channel):
         """Close the socket; every call on it ends. Safe to call twice."""
         if self.closed:
             return
+        self._close_descriptors()
+        self._pool.received.sender_gone(self)
+        self.lost(reason)
+
+    def abandon(self) -> None:
+        """In the child of a fork: while it has the socket, too, the other side does not see the end of its parent."""
+        self._close_descriptors()
+        self._pool.received.abandon()
+
+    def _close_descriptors(self) -> None:
         self.closed = True
         self.sock.close()
         self._queue.clear()
@@ -236,8 +248,18 @@ class LocalChannel(Channel):
         while self._fds:
             os.close(self._fds.popleft())
         self._lent.close()
-        self._pool.received.sender_gone(self)
-        self.lost(reason)
+
+
+_channels: weakref.WeakSet[LocalChannel] = weakref.WeakSet()
+
+
+def _in_child() -> None:
+    for channel in list(_channels):
+        channel.abandon()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
 
 
 def _received_fds(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:

@@ -21,8 +21,11 @@ from lattica.local.segment import (
     HEADER,
     HEADER_BYTES,
     IDLE_SECONDS,
+    RELEASED,
     RELEASED_AT,
-    Count,
+    SHARED,
+    forks,
+    viewed,
     watched_view,
 )
 from lattica.rpc.buffers import TailPool
@@ -39,14 +42,11 @@ from lattica_protocols.rpc.frames import Buffer
 _MAX_IOV: Final = 512
 """Buffers of one pwritev: the kernel takes 1,024."""
 
-_viewed: Final = Count()
-"""Tails of our own that are looked at; each holds two file descriptors."""
-
 
 class Segment:
     """Memory that this process owns and lends."""
 
-    __slots__ = ("capacity", "fd", "idle_since", "lent", "mapping", "pool", "view_id", "viewed")
+    __slots__ = ("capacity", "fd", "idle_since", "lent", "mapping", "pool", "shared", "view_id", "viewed")
 
     def __init__(self, fd: int, capacity: int, pool: SegmentPool) -> None:
         self.fd = fd
@@ -54,6 +54,8 @@ class Segment:
         self.capacity = capacity
         """Bytes of a tail that fit."""
         self.idle_since = 0.0
+        self.shared = False
+        """Released, but not to be used again."""
         self.mapping: mmap.mmap | None = None
         self.viewed = False
         """We may look at its tail ourselves."""
@@ -63,8 +65,12 @@ class Segment:
         """It goes back to the pool by the receiver's release, not when our view ends."""
 
     def released(self) -> bool:
-        """Nobody needs it any more."""
-        return not self.viewed and os.pread(self.fd, 1, RELEASED_AT) == b"\x01"
+        """The receiver needs it no more, and neither do we."""
+        if self.viewed:
+            return False
+        state = os.pread(self.fd, 1, RELEASED_AT)
+        self.shared = self.shared or state == SHARED
+        return state in (RELEASED, SHARED)
 
     def label(self, length: int) -> None:
         """Say how long the tail is that it carries now."""
@@ -75,18 +81,18 @@ class Segment:
         if self.mapping is None:
             self.mapping = mmap.mmap(self.fd, HEADER_BYTES + self.capacity)
         self.viewed, self.lent = True, False
-        _viewed.add(1)
-        view = watched_view(self.mapping, length, partial(self._unused, os.getpid()))
+        viewed.add(1)
+        view = watched_view(self.mapping, length, partial(self._unused, forks.value))
         self.view_id = id(view.obj)
         self.pool.viewed[self.view_id] = self
         return view
 
-    def _unused(self, process: int) -> None:
-        _viewed.add(-1)
-        if os.getpid() != process:
-            return  # after a fork the parent still looks at it
+    def _unused(self, born: int) -> None:
+        viewed.add(-1)
         self.viewed = False
         self.pool.viewed.pop(self.view_id, None)
+        if born != forks.value:
+            self.shared = True
         if not self.lent:
             self.pool.give_back(self)
 
@@ -168,7 +174,7 @@ class SegmentPool:
     def allocate_tail(self, length: int) -> Buffer:
         """The allocator of a machine: shared memory for what is worth it, ordinary memory for the rest, and for all
         once `LOCAL_MAX_MAPPINGS` are in use: a peer must not take our file descriptors."""
-        if length > LOCAL_FD_OVER and AVAILABLE and _viewed.value < LOCAL_MAX_MAPPINGS:
+        if length > LOCAL_FD_OVER and AVAILABLE and viewed.value < LOCAL_MAX_MAPPINGS:
             try:
                 return self.allocate(length)
             except OSError:  # no file descriptor is left
@@ -180,7 +186,7 @@ class SegmentPool:
         with self._lock:
             if segment.fd < 0:
                 return  # whoever it was lent to is gone
-            if self._closed or self._idle_bytes + segment.capacity > self._max_idle_bytes:
+            if self._closed or segment.shared or self._idle_bytes + segment.capacity > self._max_idle_bytes:
                 segment.close()
             else:
                 segment.idle_since = self.now
@@ -213,6 +219,12 @@ class SegmentPool:
                 segment.close()
             self._idle.clear()
             self._idle_bytes = 0
+
+    def abandon(self) -> None:
+        """In the child of a fork, which has descriptors of its own for the same segments: close them."""
+        self._lock = threading.RLock()  # the thread that held it is not there
+        self.close()
+        self.received.abandon()
 
     def _take(self, length: int) -> Segment:
         with self._lock:

@@ -18,7 +18,17 @@ import threading
 from functools import partial
 from typing import Final, NamedTuple, Protocol
 
-from lattica.local.segment import HEADER, HEADER_BYTES, IDLE_SECONDS, RELEASED_AT, Count, watched_view
+from lattica.local.segment import (
+    HEADER,
+    HEADER_BYTES,
+    IDLE_SECONDS,
+    RELEASED,
+    RELEASED_AT,
+    SHARED,
+    forks,
+    live,
+    watched_view,
+)
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.limits import LOCAL_MAX_KEPT, LOCAL_MAX_KEPT_BYTES, LOCAL_MAX_MAPPINGS, RPC_MAX_TAIL
 
@@ -35,10 +45,6 @@ class Sender(Protocol):
     closed: bool
 
 
-live: Final = Count()
-"""Received tails that are looked at; each holds a file descriptor."""
-
-
 class _Kept(NamedTuple):
     mapping: mmap.mmap
     sender: Sender
@@ -53,7 +59,6 @@ class ReceivedSegments:
         """Of segments that we released, oldest first."""
         self._kept_bytes = 0
         self._lock = threading.RLock()  # a finalizer may run in the middle of a method
-        self._process = os.getpid()
         self._now = 0.0
 
     def map_untrusted(self, fd: int, sender: Sender) -> memoryview | bytearray:
@@ -79,7 +84,7 @@ class ReceivedSegments:
         except OSError as error:  # sealed against writing, opened for reading only
             raise RemoteProtocolError(f"a memfd came that cannot be mapped: {error.strerror}") from None
         live.add(1)
-        return watched_view(mapping, length, partial(self._release, inode, mapping, sender))
+        return watched_view(mapping, length, partial(self._release, inode, mapping, sender, forks.value))
 
     def trim(self, now: float) -> bool:
         """Unmap what was not used for long. True when something is left to unmap later."""
@@ -97,21 +102,27 @@ class ReceivedSegments:
                 if kept.sender is sender:
                     self._forget(inode)
 
+    def abandon(self) -> None:
+        """In the child of a fork, which calls nothing else afterwards."""
+        self._lock = threading.RLock()  # the thread that held it is not there
+        self._kept.clear()
+
     def _take(self, inode: Inode) -> mmap.mmap | None:
         with self._lock:
             return self._forget(inode) if inode in self._kept else None
 
-    def _release(self, inode: Inode, mapping: mmap.mmap, sender: Sender) -> None:
+    def _release(self, inode: Inode, mapping: mmap.mmap, sender: Sender, born: int) -> None:
         live.add(-1)
-        if os.getpid() != self._process:
-            return  # after a fork the parent still looks at it
+        if born != forks.value:
+            mapping[RELEASED_AT : RELEASED_AT + 1] = SHARED
+            return
         with self._lock:
             if inode not in self._kept and not sender.closed and len(mapping) <= LOCAL_MAX_KEPT_BYTES:
                 self._kept[inode] = _Kept(mapping, sender, self._now)
                 self._kept_bytes += len(mapping)
                 while len(self._kept) > LOCAL_MAX_KEPT or self._kept_bytes > LOCAL_MAX_KEPT_BYTES:
                     self._forget(next(iter(self._kept)))
-        mapping[RELEASED_AT] = 1
+        mapping[RELEASED_AT : RELEASED_AT + 1] = RELEASED
 
     def _forget(self, inode: Inode) -> mmap.mmap:
         kept = self._kept.pop(inode)
@@ -146,5 +157,5 @@ def _copy_untrusted(fd: int, length: int) -> bytearray:
         if got == 0:
             raise RemoteProtocolError("a memfd came that became shorter")
         filled += got
-    os.pwrite(fd, b"\x01", RELEASED_AT)
+    os.pwrite(fd, RELEASED, RELEASED_AT)
     return copy

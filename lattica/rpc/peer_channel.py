@@ -89,6 +89,7 @@ class BulkStream:
                     tail_id, length, buffers = await channel.next_tail()
                     stream.write(encode_bulk_header(tail_id, length), *buffers)
                     await stream.drain()
+                    del buffers  # gigabytes, perhaps, which would be kept until the next tail
                     channel.tail_sent(length)
         except (ConnectionLost, StreamReset):
             self._lost("a bulk stream was lost")

@@ -6,7 +6,7 @@ import asyncio
 import gc
 import os
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -124,16 +124,24 @@ class Expert:
             yield -item
 
 
-@pytest.fixture(params=["trio", "asyncio"])
+STARTS: dict[str, Callable[[Callable[[], Coroutine[Any, Any, None]]], None]] = {
+    "trio": trio.run,
+    "asyncio": lambda main: asyncio.run(main()),
+    "anyio": anyio.run,
+}
+"""The ways to start a loop. `anyio.run` is asyncio that says so, and asyncio started by itself does not everywhere."""
+
+
+@pytest.fixture(params=[*STARTS])
 def run_in(request: pytest.FixtureRequest) -> Run:
-    """Runs an async function in one of the two libraries, with a bound."""
+    """Runs an async function in one of the libraries, with a bound."""
 
     def run(main: Callable[[], Awaitable[None]]) -> None:
         async def bounded() -> None:
             with anyio.fail_after(30):
                 await main()
 
-        anyio.run(bounded, backend=request.param)
+        STARTS[request.param](bounded)
 
     return run
 

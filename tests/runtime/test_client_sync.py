@@ -451,17 +451,3 @@ def test_threads_and_descriptors_are_given_back(daemons: DaemonThread) -> None:
             assert not thread.is_alive()
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) <= before + 2  # the daemon may keep a segment or two
-
-
-def test_a_child_of_a_fork_does_not_disturb_its_parent(alice: lattica.Client) -> None:
-    assert alice.daemon("echo", 1, timeout=10) == 1
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            code = 0 if alice.daemon("echo", "child", timeout=10) == "child" else 2
-        finally:
-            os._exit(code)
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
-    assert alice.daemon("echo", 2, timeout=10) == 2

@@ -200,20 +200,6 @@ def test_nothing_stays_mapped_of_a_sender_that_is_gone(pool: SegmentPool) -> Non
     owned.close()
 
 
-def test_a_child_process_releases_nothing_of_its_parent(pool: SegmentPool) -> None:
-    ours, owned = ReceivedSegments(), pool.store([b"x" * LENGTH], LENGTH)
-    view = ours.map_untrusted(owned.fd, SENDER)
-    child = os.fork()
-    if child == 0:
-        del view
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0
-    assert not owned.released()
-    del view
-    assert owned.released()
-    owned.close()
-
-
 def test_mappings_are_bounded_and_further_tails_are_copied(pool: SegmentPool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(received, "LOCAL_MAX_MAPPINGS", received.live.value + 2)
     segment = pool.store([b"x" * LENGTH], LENGTH)
