@@ -55,7 +55,7 @@ from lattica_protocols.limits import (
     RPC_MAX_TAIL,
     RPC_OBJECT_WEIGHT,
 )
-from lattica_protocols.rpc.calls import BOTH_STREAMS, Call, Waiting
+from lattica_protocols.rpc.calls import BOTH_STREAMS, Call, CallOwner, Waiting
 from lattica_protocols.rpc.deadlines import Deadlines
 from lattica_protocols.rpc.flow import Flow
 from lattica_protocols.rpc.frames import (
@@ -300,7 +300,7 @@ class RpcConnection:
         deadline: float | None = None,
         now: float = 0.0,
         route: bytes = b"",
-        owner: object = None,
+        owner: CallOwner | None = None,
     ) -> Call:
         """Send a REQUEST. `args` and `tails` come from `tensors.encode_args`; buffers are kept until they are
         sent.
@@ -419,7 +419,7 @@ class RpcConnection:
         *,
         route: bytes = b"",
         now: float,
-        owner: object = None,
+        owner: CallOwner | None = None,
     ) -> Call:
         """Open on this connection the second half of a call that came in on another one. Both are relayed
         from now on.
