@@ -107,7 +107,7 @@ class Expert:
         raise {"KeyboardInterrupt": KeyboardInterrupt, "CancelledError": asyncio.CancelledError, "Mute": Mute}[kind]
 
     async def waits_for_a_cancelled_task(self) -> None:
-        task = asyncio.get_running_loop().create_task(asyncio.sleep(60))
+        task = asyncio.get_running_loop().create_task(asyncio.Event().wait())
         task.cancel()
         await task
 

@@ -30,6 +30,8 @@ from lattica_protocols.early_punch import decode_offer_untrusted, encode_offer
 from lattica_protocols.multiaddr import Multiaddr
 
 OWN = Multiaddr.parse("/ip4/127.0.0.1/udp/9/quic-v1")
+ITEMS_PAUSE = 0.001
+"""Seconds after every hundred items: a stream lasts until the path has changed under it."""
 
 
 class Counter:
@@ -37,7 +39,7 @@ class Counter:
         for i in range(n):
             yield i
             if i % 100 == 0:
-                await trio.sleep(0.001)
+                await trio.sleep(ITEMS_PAUSE)
 
     async def echo(self, x: int) -> int:
         return x
