@@ -178,7 +178,7 @@ class ItemStream:
             try:
                 self._token.run_sync_soon(self._call.cancel)
             except trio.RunFinishedError:
-                pass
+                pass  # and the call with it
 
 
 class OpenCall:
