@@ -1,3 +1,5 @@
+"""Base 58, 32 and 36 of multiformats, by the vectors of their specifications."""
+
 from collections.abc import Callable
 
 import pytest
