@@ -1,4 +1,4 @@
-"""Base 58, 32 and 36 of multiformats, by the vectors of their specifications."""
+"""Base 58, 32 and 64 as multiformats has them, by the vectors of their specifications."""
 
 from collections.abc import Callable
 
