@@ -27,7 +27,7 @@ def identity(ctx: typer.Context) -> None:
 
 
 def status(ctx: typer.Context) -> None:
-    """Identity, uptime, reachability, connections by path, traffic and store."""
+    """This daemon on one screen. Identity, uptime, reachability, connections by path, traffic and store."""
     state = State.of(ctx)
     with daemon(state) as lat:
         data = lat.daemon("status")
