@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from lattica_cli.content import follow
-from lattica_cli.context import State, daemon, say, size, table
+from lattica_cli.context import State, counted, daemon, say, size, table
 from lattica_cli.parameters import CID, parse_cid
 
 blobs_app = typer.Typer(no_args_is_help=True, help="What this daemon stores.")
@@ -60,7 +60,7 @@ def verify(ctx: typer.Context) -> None:
         data = follow(lat.daemon_stream("blobs_verify"), "verify", quiet=state.json)
 
     def human() -> None:
-        say(f"{data['chunks']} chunks read, {data['corrupt']} damaged")
+        say(f"{counted(data['chunks'], 'chunk')} read, {data['corrupt']} damaged")
         for cid in data["damaged"]:
             say(f"damaged\t{cid}")
 
@@ -75,4 +75,4 @@ def collect(ctx: typer.Context) -> None:
     state = State.of(ctx)
     with daemon(state) as lat:
         data = lat.daemon("blobs_gc")
-    state.emit(data, lambda: say(f"removed {data['blobs']} blobs, {size(data['bytes'])}"))
+    state.emit(data, lambda: say(f"removed {counted(data['blobs'], 'blob')}, {size(data['bytes'])}"))

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from lattica_cli.context import State, daemon, rate, say, size, table, warn
+from lattica_cli.context import State, counted, daemon, rate, say, size, table, warn
 from lattica_cli.parameters import CID, parse_cid, parse_path, parse_peer, seconds
 from lattica_cli.progress import Progress
 
@@ -64,11 +64,8 @@ def get(
     def human() -> None:
         speed = rate(done["fetched_bytes"], done["seconds"])
         kept = f", {size(done['reused_bytes'])} were here already" if done["reused_bytes"] else ""
-        count = done["sources"]
-        say(
-            f"{output}: {size(done['bytes'])} in {done['seconds']:.2f} s ({speed}) from {count} "
-            f"peer{'s' if count != 1 else ''}{kept}"
-        )
+        took = f"{size(done['bytes'])} in {done['seconds']:.2f} s ({speed})"
+        say(f"{output}: {took} from {counted(done['sources'], 'peer')}{kept}")
 
     state.emit(done, human)
 

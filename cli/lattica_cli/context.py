@@ -113,6 +113,11 @@ def _cell(value: object) -> str:
     return str(value)
 
 
+def counted(n: int, noun: str) -> str:
+    """`1 peer`, `2 peers`."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
 def size(n: float) -> str:
     """Bytes for people, in powers of 1024."""
     for unit in ("B", "KiB", "MiB", "GiB"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from lattica_cli.context import State, daemon, say
+from lattica_cli.context import State, counted, daemon, say
 from lattica_cli.parameters import KEY, seconds
 
 MAX_TTL = 30 * 24 * 3600.0
@@ -29,7 +29,7 @@ def put(
     state = State.of(ctx)
     with daemon(state) as lat:
         data = lat.daemon("dht_put", key, value, ttl or None, timeout=timeout)
-    state.emit(data, lambda: say(f"{data['key']}: stored on {data['stored_on']} peers"))
+    state.emit(data, lambda: say(f"{data['key']}: stored on {counted(data['stored_on'], 'peer')}"))
 
 
 @dht_app.command("get")
@@ -53,8 +53,9 @@ def info(ctx: typer.Context) -> None:
         data = lat.daemon("dht_info")
 
     def human() -> None:
-        say(f"{data['peers']} peers in {len(data['buckets'])} buckets, {data['mode']} mode, {data['protocol']}")
+        known = f"{counted(data['peers'], 'peer')} in {counted(len(data['buckets']), 'bucket')}"
+        say(f"{known}, {data['mode']} mode, {data['protocol']}")
         for bucket in data["buckets"]:
-            say(f"  {bucket['prefix_bits']:>3} bits in common\t{bucket['peers']} peers")
+            say(f"  {bucket['prefix_bits']:>3} bits in common\t{counted(bucket['peers'], 'peer')}")
 
     state.emit(data, human)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from lattica_cli.context import State, daemon, say, size, table, warn
+from lattica_cli.context import State, counted, daemon, say, size, table, warn
 from lattica_cli.parameters import PEER, parse_address, parse_peer, seconds
 
 peer_app = typer.Typer(no_args_is_help=True, help="Connect, find, ping and admit single peers.")
@@ -64,7 +64,7 @@ def disconnect(ctx: typer.Context, peer: str = PEER) -> None:
     target = str(parse_peer(peer))
     with daemon(state) as lat:
         data = lat.daemon("disconnect", target)
-    state.emit(data, lambda: say(f"closed {data['closed']} connection{'s' if data['closed'] != 1 else ''}"))
+    state.emit(data, lambda: say(f"closed {counted(data['closed'], 'connection')}"))
 
 
 @peer_app.command("find")
@@ -123,7 +123,7 @@ def _set_rule(ctx: typer.Context, peer: str, verdict: str) -> None:
     with daemon(state) as lat:
         data = lat.daemon("set_rule", target, verdict)
     if data["closed"] and not state.json:
-        warn(f"closed {data['closed']} connections")
+        warn(f"closed {counted(data['closed'], 'connection')}")
     state.emit(data, lambda: say(f"{peer}: {verdict or 'no rule'}"))
 
 

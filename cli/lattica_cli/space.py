@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from lattica_cli.context import State, daemon, say, table
+from lattica_cli.context import State, counted, daemon, say, table
 from lattica_cli.parameters import KEY, PEER, SPACE, parse_peer, seconds
 
 space_app = typer.Typer(no_args_is_help=True, help="Replicated state: maps, lists, texts, counters, sets.")
@@ -50,7 +50,7 @@ def join(
     with daemon(state) as lat:
         data = lat.join_space(space, peers=peers, timeout=timeout)
     step = "in step with a member" if data["synced"] else "no member compared in time; it goes on by itself"
-    state.emit(data, lambda: say(f"{data['name']}: {data['operations']} operations, {step}"))
+    state.emit(data, lambda: say(f"{data['name']}: {counted(data['operations'], 'operation')}, {step}"))
 
 
 @space_app.command("leave")
@@ -168,7 +168,7 @@ def _change_members(ctx: typer.Context, method: str, space: str, peer: str) -> N
     who = str(parse_peer(peer))
     with daemon(state) as lat:
         data = lat.daemon(method, space, who)
-    state.emit(data, lambda: say(f"{len(data['writers'])} writers: {' '.join(data['writers'])}"))
+    state.emit(data, lambda: say(f"{counted(len(data['writers']), 'writer')}: {' '.join(data['writers'])}"))
 
 
 @space_app.command("members")
@@ -221,7 +221,7 @@ def root(ctx: typer.Context, space: str = SPACE) -> None:
     state = State.of(ctx)
     with daemon(state) as lat:
         data = lat.daemon("space_root", space)
-    state.emit(data, lambda: say(f"{data['root']}  {data['operations']} operations"))
+    state.emit(data, lambda: say(f"{data['root']}  {counted(data['operations'], 'operation')}"))
 
 
 @space_app.command("verify")
@@ -232,7 +232,7 @@ def verify(ctx: typer.Context, space: str = SPACE) -> None:
         data = lat.daemon("space_verify", space)
 
     def human() -> None:
-        say(f"{data['operations']} operations checked, root {data['root']}")
+        say(f"{counted(data['operations'], 'operation')} checked, root {data['root']}")
         for item in data["refused"]:
             say(f"  {item['operation']}: {item['reason']}")
         if not data["document_equal"]:
@@ -251,7 +251,9 @@ def checkpoint(ctx: typer.Context, space: str = SPACE) -> None:
     with daemon(state) as lat:
         data = lat.daemon("space_checkpoint", space)
     waits = "" if data["complete"] else ", proposed to the other signers"
-    state.emit(data, lambda: say(f"checkpoint {data['checkpoint']} of {data['operations']} operations{waits}"))
+    state.emit(
+        data, lambda: say(f"checkpoint {data['checkpoint']} of {counted(data['operations'], 'operation')}{waits}")
+    )
 
 
 @space_app.command("prove")
