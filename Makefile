@@ -1,12 +1,12 @@
-# make demo    three daemons on this machine find each other, exchange a model and call each other
-# make test    every test that needs no foreign peer
-# make check   ruff, mypy, the layer rule
-# make interop tests against other libp2p implementations, which it installs
-# make nat     NAT traversal: simulated boxes, then real daemons behind kernel NATs, as far as this machine allows
+# make demo         three daemons on this machine find each other, exchange a model and call each other
+# make test         every test that needs no foreign peer
+# make check        ruff, mypy, the layer rule
+# make interop      tests against other libp2p implementations, which it installs
+# make nat          NAT traversal: simulated boxes, then real daemons behind kernel NATs, as far as this machine allows
 # make nat-figures  the figures of NAT traversal, as a table
-# make bench   measurements beside other implementations, in one run
-# make fuzz    every parser of bytes from the network, longer than `make test` does
-# make soak    ten minutes of garbage on every port of a daemon that has to go on serving
+# make bench        measurements beside other implementations, in one run
+# make fuzz         every parser of bytes from the network, longer than `make test` does
+# make soak         ten minutes of garbage on every port of a daemon that has to go on serving
 #
 # Everything runs in .venv, which is made here from the newest Python of 3.11 or later that is found.
 

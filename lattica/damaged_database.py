@@ -19,7 +19,6 @@ from typing import Any, Final
 
 log = logging.getLogger("lattica.datastore")
 
-_NO_VERSION: Final = 1000
 _WAL_INDEX_VERSION: Final = 3_007_000
 _MOST_PAGES: Final = 1 << 20
 """4 GiB of 4 KiB each; the number in a damaged header can be any."""
@@ -41,22 +40,6 @@ def reading_damage() -> Iterator[None]:
 def lenient_text(data: bytes) -> str:
     """For `text_factory`: a damaged text is a wrong text, and not the end of reading."""
     return data.decode("utf-8", "replace")
-
-
-def check_version(version: int) -> None:
-    """Raises `sqlite3.DatabaseError` for a `user_version` that no version of ours will have."""
-    if not 0 <= version < _NO_VERSION:
-        raise sqlite3.DatabaseError(f"the schema's version is {version}")
-
-
-def check_schema(connection: sqlite3.Connection, script: str) -> None:
-    """Raises `sqlite3.DatabaseError` when the file lacks a table or a column that `script` makes."""
-    with closing(sqlite3.connect(":memory:")) as model:
-        model.executescript(script)
-        for (table,) in model.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
-            columns = f"PRAGMA table_info({table})"
-            if connection.execute(columns).fetchall() != model.execute(columns).fetchall():
-                raise sqlite3.DatabaseError(f"the table {table} is not the one that was made")
 
 
 def check_database(connection: sqlite3.Connection) -> None:

@@ -22,7 +22,6 @@ Tables (times are Unix seconds; addresses are multiaddrs, each as uvarint(length
 from __future__ import annotations
 
 import logging
-import os
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -32,19 +31,8 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import trio
 
-from lattica.damaged_database import (
-    ADVICE,
-    MOVE_AWAY,
-    check_database,
-    check_schema,
-    check_version,
-    is_damage,
-    lenient_text,
-    log_was_cut,
-    logged_frames,
-    move_aside,
-    reading_damage,
-)
+from lattica.damaged_database import ADVICE, is_damage, move_aside
+from lattica.database import WrittenByNewer, open_database
 from lattica.errors import ConfigError, StorageFull
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.kad.store import ProviderRecord, ValueRecord
@@ -71,9 +59,6 @@ MIGRATIONS: Sequence[str] = (
     """,
 )
 """Step n leads from version n to n + 1. Published steps never change."""
-
-BUSY_TIMEOUT = 2.0
-"""Seconds to wait for somebody who reads the file at the moment (a backup). Two nodes never share a home."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,34 +283,14 @@ class Datastore:
 
 # -- the file -------------------------------------------------------------------------------------------------------
 def _connect(path: Path | None) -> tuple[sqlite3.Connection, bool]:
-    """The connection, and whether the write-ahead log lost what it had."""
-    frames = 0 if path is None else logged_frames(path)
-    if path is not None:
-        # Created by us so that nobody else can read it; SQLite gives its WAL file the same mode.
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    connection = sqlite3.connect(path or ":memory:", timeout=BUSY_TIMEOUT, check_same_thread=False)
-    connection.text_factory = lenient_text
+    """See `open_database`."""
     try:
-        with reading_damage():
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = NORMAL")
-            cut = log_was_cut(connection, frames)  # before anything is written into it
-            check_database(connection)
-            _migrate(connection, path)
-            check_schema(connection, "".join(MIGRATIONS))
-    except (sqlite3.Error, ConfigError):
-        connection.close()
-        raise
-    return connection, cut
+        return open_database(path, "".join(MIGRATIONS), _migrate, len(MIGRATIONS), isolation_level="DEFERRED")
+    except WrittenByNewer as error:
+        raise ConfigError(f"home: {error}") from None
 
 
-def _migrate(connection: sqlite3.Connection, path: Path | None) -> None:
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
-    check_version(version)
-    if version > len(MIGRATIONS):
-        raise ConfigError(
-            f"home: {path} was written by a newer version of lattica (schema {version}): use that one, or {MOVE_AWAY}"
-        )
+def _migrate(connection: sqlite3.Connection, version: int) -> None:
     for number, script in enumerate(MIGRATIONS[version:], version + 1):
         connection.executescript(f"BEGIN; {script}; PRAGMA user_version = {number}; COMMIT;")
 

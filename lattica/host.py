@@ -436,12 +436,11 @@ class Host:
             with trio.fail_after(NEGOTIATION_TIMEOUT):
                 protocol = await accept_protocol(stream, self._handlers, pace)
             await self._handlers[protocol](stream)
-        except Exception as error:
+        except Exception as error:  # a bug in a handler must cost its stream and not the node
             if _is_the_peers(error):
                 self.counters["streams_failed"] += 1
                 log.debug("stream_failed peer=%s protocol=%s error=%s", peer.short(), stream.protocol, error)
             else:
-                # A bug in a handler must cost its stream and not the node; it is ours, so it is logged in full.
                 self.counters["handler_bugs"] += 1
                 log.exception("handler_failed peer=%s protocol=%s", peer.short(), stream.protocol)
             stream.reset()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from lattica_cli.context import State, daemon, parse_peer, say
+from lattica_cli.context import State, daemon, say
+from lattica_cli.parameters import PEER, parse_peer, seconds
 
 
 def register(app: typer.Typer) -> None:
@@ -13,14 +14,17 @@ def register(app: typer.Typer) -> None:
 
 def bench(
     ctx: typer.Context,
-    peer: str,
-    seconds: float = typer.Option(2.0, min=0.1, max=60.0, help="Seconds for each of the measurements."),
+    peer: str = PEER,
+    duration: float = seconds(2.0, "--seconds", least=0.1, most=60.0, help="For each of the measurements."),
 ) -> None:
-    """Calls/s at 128 B and 256 KiB, MB/s each way and round-trip times, over the path in use."""
+    """What the path to PEER carries: calls/s, MB/s, round trips.
+
+    Calls of 128 B and 256 KiB, MB/s each way and round-trip times, over the path in use.
+    """
     state = State.of(ctx)
     target = str(parse_peer(peer))
     with daemon(state) as lat:
-        data = lat.daemon("bench", target, seconds, timeout=seconds * 5 + 30)
+        data = lat.daemon("bench", target, duration, timeout=duration * 5 + 30)
 
     def human() -> None:
         say(f"over {data['path']} at {data['addr']}")

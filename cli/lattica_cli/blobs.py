@@ -5,7 +5,8 @@ from __future__ import annotations
 import typer
 
 from lattica_cli.content import follow
-from lattica_cli.context import State, daemon, parse_cid, say, size, table
+from lattica_cli.context import State, counted, daemon, say, size, table
+from lattica_cli.parameters import CID, parse_cid
 
 blobs_app = typer.Typer(no_args_is_help=True, help="What this daemon stores.")
 
@@ -26,19 +27,19 @@ def list_blobs(ctx: typer.Context) -> None:
 
 
 @blobs_app.command("pin")
-def pin(ctx: typer.Context, cid: str) -> None:
+def pin(ctx: typer.Context, cid: str = CID) -> None:
     """Keep CID when the store is collected."""
     _set(ctx, "blobs_pin", cid, "pinned")
 
 
 @blobs_app.command("unpin")
-def unpin(ctx: typer.Context, cid: str) -> None:
+def unpin(ctx: typer.Context, cid: str = CID) -> None:
     """Let CID go at the next collection."""
     _set(ctx, "blobs_unpin", cid, "unpinned")
 
 
 @blobs_app.command("remove")
-def remove(ctx: typer.Context, cid: str) -> None:
+def remove(ctx: typer.Context, cid: str = CID) -> None:
     """Remove CID from the store at once, pinned or not."""
     _set(ctx, "blobs_remove", cid, "removed")
 
@@ -53,13 +54,13 @@ def _set(ctx: typer.Context, method: str, cid: str, word: str) -> None:
 
 @blobs_app.command("verify")
 def verify(ctx: typer.Context) -> None:
-    """Read and hash every chunk; damaged ones are dropped and count as missing. Exit code 1 if there was one."""
+    """Read and hash every chunk. Damaged ones are dropped and count as missing. Exit code 1 if there was one."""
     state = State.of(ctx)
     with daemon(state) as lat:
         data = follow(lat.daemon_stream("blobs_verify"), "verify", quiet=state.json)
 
     def human() -> None:
-        say(f"{data['chunks']} chunks read, {data['corrupt']} damaged")
+        say(f"{counted(data['chunks'], 'chunk')} read, {data['corrupt']} damaged")
         for cid in data["damaged"]:
             say(f"damaged\t{cid}")
 
@@ -74,4 +75,4 @@ def collect(ctx: typer.Context) -> None:
     state = State.of(ctx)
     with daemon(state) as lat:
         data = lat.daemon("blobs_gc")
-    state.emit(data, lambda: say(f"removed {data['blobs']} blobs, {size(data['bytes'])}"))
+    state.emit(data, lambda: say(f"removed {counted(data['blobs'], 'blob')}, {size(data['bytes'])}"))

@@ -51,8 +51,8 @@ def _shown(value: object) -> str:
 
 
 @config_app.command("check")
-def check(ctx: typer.Context, file: str = typer.Argument(..., metavar="F")) -> None:
-    """Say whether the settings file F is right."""
+def check(ctx: typer.Context, file: str = typer.Argument(metavar="FILE", help="A settings file.")) -> None:
+    """Say whether a settings file is right."""
     state = State.of(ctx)
     data = _ask(state, "--check-config", file)
     state.emit(data, lambda: say(f"{file}: right, {data['settings']} settings"))

@@ -8,20 +8,8 @@ from typing import Any
 
 import typer
 
-from lattica_cli.context import (
-    MAX_SECONDS,
-    State,
-    daemon,
-    parse_cid,
-    parse_path,
-    parse_peer,
-    rate,
-    say,
-    seconds,
-    size,
-    table,
-    warn,
-)
+from lattica_cli.context import State, counted, daemon, rate, say, size, table, warn
+from lattica_cli.parameters import CID, parse_cid, parse_path, parse_peer, seconds
 from lattica_cli.progress import Progress
 
 
@@ -33,9 +21,9 @@ def register(app: typer.Typer) -> None:
 
 def share(
     ctx: typer.Context,
-    paths: list[str] = typer.Argument(..., metavar="PATH…", help="Files or folders."),
+    paths: list[str] = typer.Argument(metavar="PATH", help="Files or folders."),
 ) -> None:
-    """Add files or folders to the store, announce them, and print their content ids."""
+    """Share files or folders; prints their content ids. They are added to the store and announced."""
     state = State.of(ctx)
     found = [Path(path) for path in paths]
     for path in found:
@@ -57,10 +45,10 @@ def share(
 
 def get(
     ctx: typer.Context,
-    cid: str,
+    cid: str = CID,
     output: str = typer.Option(..., "--output", "-o", metavar="PATH", help="Where to write it."),
     peer: list[str] = typer.Option([], "--from", metavar="PEER", help="Ask these peers, besides those found."),
-    timeout: float = typer.Option(0.0, min=0.0, max=MAX_SECONDS, help="Seconds for the whole; 0 for no limit."),
+    timeout: float = seconds(0.0, zero_means="no limit", help="For the whole fetch."),
 ) -> None:
     """Fetch CID from whoever has it. A fetch that was broken off goes on where it stopped."""
     state = State.of(ctx)
@@ -76,16 +64,13 @@ def get(
     def human() -> None:
         speed = rate(done["fetched_bytes"], done["seconds"])
         kept = f", {size(done['reused_bytes'])} were here already" if done["reused_bytes"] else ""
-        count = done["sources"]
-        say(
-            f"{output}: {size(done['bytes'])} in {done['seconds']:.2f} s ({speed}) from {count} "
-            f"peer{'s' if count != 1 else ''}{kept}"
-        )
+        took = f"{size(done['bytes'])} in {done['seconds']:.2f} s ({speed})"
+        say(f"{output}: {took} from {counted(done['sources'], 'peer')}{kept}")
 
     state.emit(done, human)
 
 
-def providers(ctx: typer.Context, cid: str, timeout: float = seconds(30.0, help="Seconds to search.")) -> None:
+def providers(ctx: typer.Context, cid: str = CID, timeout: float = seconds(30.0, help="To search.")) -> None:
     """Who has CID, from the network."""
     state = State.of(ctx)
     wanted = str(parse_cid(cid))

@@ -1,22 +1,18 @@
-"""What every command shares: the global options, the connection to the daemon, parsing of arguments, and output."""
+"""What every command shares: the global options, the connection to the daemon, and output."""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 if TYPE_CHECKING:
     from lattica.client import Client
-    from lattica_protocols.cid import Cid
-    from lattica_protocols.multiaddr import Multiaddr
-    from lattica_protocols.peer_id import PeerId
 
 
 @dataclass(frozen=True)
@@ -117,6 +113,11 @@ def _cell(value: object) -> str:
     return str(value)
 
 
+def counted(n: int, noun: str) -> str:
+    """`1 peer`, `2 peers`."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
 def size(n: float) -> str:
     """Bytes for people, in powers of 1024."""
     for unit in ("B", "KiB", "MiB", "GiB"):
@@ -129,51 +130,3 @@ def size(n: float) -> str:
 def rate(n: float, seconds: float) -> str:
     """MB/s, as in the tables of the README (10^6 bytes)."""
     return f"{n / max(seconds, 1e-9) / 1e6:.0f} MB/s"
-
-
-# -- arguments: refused here with exit code 2, before a daemon is asked ----------------------------------------------
-MAX_SECONDS: Final = 1e8
-"""Three years: whoever has more patience does not give a timeout."""
-
-
-def seconds(default: float, *, help: str) -> Any:
-    """An option for a timeout: not nothing, and neither NaN nor infinity."""
-    return typer.Option(default, min=0.001, max=MAX_SECONDS, help=help)
-
-
-def parse_path(text: str) -> str:
-    """A path as the daemon takes it: absolute, and UTF-8 whatever the locale of this process is."""
-    try:
-        return os.fsencode(os.path.abspath(text)).decode("utf-8")
-    except UnicodeDecodeError:
-        raise typer.BadParameter(f"{text!a}: the name is not UTF-8, rename it.") from None
-
-
-def parse_peer(text: str) -> PeerId:
-    """A peer id in either text form."""
-    from lattica_protocols.peer_id import PeerId
-
-    try:
-        return PeerId.parse(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"{error}.") from None
-
-
-def parse_address(text: str) -> Multiaddr:
-    """A multiaddr."""
-    from lattica_protocols.multiaddr import Multiaddr
-
-    try:
-        return Multiaddr.parse(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"{error}.") from None
-
-
-def parse_cid(text: str) -> Cid:
-    """A content id."""
-    from lattica_protocols.cid import Cid
-
-    try:
-        return Cid.parse(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"{error}.") from None

@@ -44,10 +44,11 @@ def register(app: typer.Typer) -> None:
 
 def demo(
     ctx: typer.Context,
-    file: str = typer.Option("", "--file", metavar="F", help="Share this file instead of a random one."),
+    file: str = typer.Option("", "--file", metavar="FILE", help="Share this file instead of a random one."),
     megabytes: int = typer.Option(128, "--megabytes", min=1, max=65536, help="Size of the random file, MiB."),
 ) -> None:
-    """Two peers and a bootstrap daemon on this machine find each other, exchange a model and call each other."""
+    """See it work on this machine. Two peers and a bootstrap daemon find each other, exchange a model and call each
+    other."""
     state = State.of(ctx)
     if file and not Path(file).is_file():
         raise typer.BadParameter(f"there is no file {file}.")

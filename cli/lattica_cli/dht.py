@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from lattica_cli.context import State, daemon, say, seconds
+from lattica_cli.context import State, counted, daemon, say
+from lattica_cli.parameters import KEY, seconds
 
 MAX_TTL = 30 * 24 * 3600.0
 """Seconds: other peers refuse records that live longer."""
@@ -19,21 +20,25 @@ def register(app: typer.Typer) -> None:
 @dht_app.command("put")
 def put(
     ctx: typer.Context,
-    key: str,
-    value: str,
-    ttl: float = typer.Option(0.0, min=0.0, max=MAX_TTL, help="Seconds it is valid; 0 for the default."),
-    timeout: float = seconds(30.0, help="Seconds to store it."),
+    key: str = KEY,
+    value: str = typer.Argument(metavar="VALUE", help="Any text."),
+    ttl: float = seconds(0.0, most=MAX_TTL, zero_means="48 h, renewed by the daemon", help="How long it is valid."),
+    timeout: float = seconds(30.0, help="To store it."),
 ) -> None:
     """Store VALUE under KEY, signed by this peer. Others read it as PEER/KEY, this peer as KEY."""
     state = State.of(ctx)
     with daemon(state) as lat:
         data = lat.daemon("dht_put", key, value, ttl or None, timeout=timeout)
-    state.emit(data, lambda: say(f"{data['key']}: stored on {data['stored_on']} peers"))
+    state.emit(data, lambda: say(f"{data['key']}: stored on {counted(data['stored_on'], 'peer')}"))
 
 
 @dht_app.command("get")
-def get(ctx: typer.Context, key: str, timeout: float = seconds(30.0, help="Seconds to search.")) -> None:
-    """The newest valid value under KEY (one's own) or PEER/KEY."""
+def get(
+    ctx: typer.Context,
+    key: str = typer.Argument(metavar="[PEER/]KEY", help="Of that peer, or this peer's own."),
+    timeout: float = seconds(30.0, help="To search."),
+) -> None:
+    """The newest valid value under KEY."""
     state = State.of(ctx)
     with daemon(state) as lat:
         data = lat.daemon("dht_get", key, timeout=timeout)
@@ -48,8 +53,9 @@ def info(ctx: typer.Context) -> None:
         data = lat.daemon("dht_info")
 
     def human() -> None:
-        say(f"{data['peers']} peers in {len(data['buckets'])} buckets, {data['mode']} mode, {data['protocol']}")
+        known = f"{counted(data['peers'], 'peer')} in {counted(len(data['buckets']), 'bucket')}"
+        say(f"{known}, {data['mode']} mode, {data['protocol']}")
         for bucket in data["buckets"]:
-            say(f"  {bucket['prefix_bits']:>3} bits in common\t{bucket['peers']} peers")
+            say(f"  {bucket['prefix_bits']:>3} bits in common\t{counted(bucket['peers'], 'peer')}")
 
     state.emit(data, human)

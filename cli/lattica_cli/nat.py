@@ -6,7 +6,8 @@ from typing import Any
 
 import typer
 
-from lattica_cli.context import State, daemon, parse_peer, say, seconds, table
+from lattica_cli.context import State, daemon, say, table
+from lattica_cli.parameters import parse_peer, seconds
 
 _MARKS = {True: "ok     ", False: "problem", None: "unknown"}
 
@@ -23,7 +24,7 @@ def nat(
         "", metavar="S,S,…", help="Measure how long a mapping lives without traffic, e.g. 10,30,60,120; takes as long."
     ),
 ) -> None:
-    """What the NATs in front of this machine do, and what was tried with relayed peers."""
+    """What the NATs in front of this machine do. Also: what was tried with relayed peers."""
     state = State.of(ctx)
     silences = _seconds(lifetimes)
     with daemon(state) as lat:
@@ -52,8 +53,8 @@ def nat(
 
 def doctor(
     ctx: typer.Context,
-    peer: str = typer.Argument("", metavar="[PEER]", help="Look at the path to this peer."),
-    timeout: float = seconds(40.0, help="Seconds to examine."),
+    peer: str = typer.Argument("", metavar="PEER", help="Look at the path to this peer."),
+    timeout: float = seconds(40.0, help="To examine."),
 ) -> None:
     """Why connections are as they are, in words, and what to change."""
     state = State.of(ctx)

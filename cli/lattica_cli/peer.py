@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from lattica_cli.context import State, daemon, parse_address, parse_peer, say, seconds, size, table, warn
+from lattica_cli.context import State, counted, daemon, say, size, table, warn
+from lattica_cli.parameters import PEER, parse_address, parse_peer, seconds
 
 peer_app = typer.Typer(no_args_is_help=True, help="Connect, find, ping and admit single peers.")
 
@@ -41,8 +42,14 @@ def peers(ctx: typer.Context) -> None:
 
 
 @peer_app.command("connect")
-def connect(ctx: typer.Context, addr: str, timeout: float = seconds(20.0, help="Seconds to try.")) -> None:
-    """Connect to the peer at ADDR, e.g. /ip4/192.0.2.1/tcp/4101/p2p/12D3Koo…; a bare peer id is looked up first."""
+def connect(
+    ctx: typer.Context,
+    addr: str = typer.Argument(
+        metavar="ADDR", help="Such as /ip4/192.0.2.1/tcp/4101/p2p/12D3Koo…; a bare peer id is looked up first."
+    ),
+    timeout: float = seconds(20.0, help="To try."),
+) -> None:
+    """Connect to the peer at ADDR."""
     state = State.of(ctx)
     target = str(parse_address(addr) if addr.startswith("/") else parse_peer(addr))
     with daemon(state) as lat:
@@ -51,17 +58,17 @@ def connect(ctx: typer.Context, addr: str, timeout: float = seconds(20.0, help="
 
 
 @peer_app.command("disconnect")
-def disconnect(ctx: typer.Context, peer: str) -> None:
+def disconnect(ctx: typer.Context, peer: str = PEER) -> None:
     """Close all connections with PEER."""
     state = State.of(ctx)
     target = str(parse_peer(peer))
     with daemon(state) as lat:
         data = lat.daemon("disconnect", target)
-    state.emit(data, lambda: say(f"closed {data['closed']} connection{'s' if data['closed'] != 1 else ''}"))
+    state.emit(data, lambda: say(f"closed {counted(data['closed'], 'connection')}"))
 
 
 @peer_app.command("find")
-def find(ctx: typer.Context, peer: str, timeout: float = seconds(30.0, help="Seconds to search.")) -> None:
+def find(ctx: typer.Context, peer: str = PEER, timeout: float = seconds(30.0, help="To search.")) -> None:
     """Where PEER is, from the network."""
     state = State.of(ctx)
     target = str(parse_peer(peer))
@@ -73,9 +80,9 @@ def find(ctx: typer.Context, peer: str, timeout: float = seconds(30.0, help="Sec
 @peer_app.command("ping")
 def ping(
     ctx: typer.Context,
-    peer: str,
+    peer: str = PEER,
     count: int = typer.Option(4, "--count", "-c", min=1, max=1000, help="How many."),
-    timeout: float = seconds(10.0, help="Seconds for each answer."),
+    timeout: float = seconds(10.0, help="For each answer."),
 ) -> None:
     """Round-trip times to PEER over the path in use."""
     state = State.of(ctx)
@@ -93,19 +100,19 @@ def ping(
 
 
 @peer_app.command("allow")
-def allow(ctx: typer.Context, peer: str) -> None:
+def allow(ctx: typer.Context, peer: str = PEER) -> None:
     """Let PEER connect, whatever the default is."""
     _set_rule(ctx, peer, "allow")
 
 
 @peer_app.command("block")
-def block(ctx: typer.Context, peer: str) -> None:
+def block(ctx: typer.Context, peer: str = PEER) -> None:
     """Refuse PEER and close its connections."""
     _set_rule(ctx, peer, "block")
 
 
 @peer_app.command("clear-rule")
-def clear_rule(ctx: typer.Context, peer: str) -> None:
+def clear_rule(ctx: typer.Context, peer: str = PEER) -> None:
     """Take the rule for PEER away: the default decides again."""
     _set_rule(ctx, peer, "")
 
@@ -116,7 +123,7 @@ def _set_rule(ctx: typer.Context, peer: str, verdict: str) -> None:
     with daemon(state) as lat:
         data = lat.daemon("set_rule", target, verdict)
     if data["closed"] and not state.json:
-        warn(f"closed {data['closed']} connections")
+        warn(f"closed {counted(data['closed'], 'connection')}")
     state.emit(data, lambda: say(f"{peer}: {verdict or 'no rule'}"))
 
 

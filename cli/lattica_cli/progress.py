@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Any
 
-from lattica_cli.context import size, warn
+from lattica_cli.context import counted, size, warn
 
 PIPE_INTERVAL = 5.0
 """Seconds between two lines in a pipe: a log of a long fetch stays readable."""
@@ -60,7 +60,7 @@ class Progress:
             return
         note = event["state"]
         if event.get("sources") is not None:
-            note += f", {event['sources']} source{'s' if event['sources'] != 1 else ''}"
+            note += f", {counted(event['sources'], 'source')}"
         done, total = event.get("bytes", 0), event.get("total")
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=total, note=note)

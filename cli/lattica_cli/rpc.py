@@ -7,7 +7,8 @@ from typing import Any
 
 import typer
 
-from lattica_cli.context import State, daemon, parse_peer, print_json, say, seconds
+from lattica_cli.context import State, daemon, print_json, say
+from lattica_cli.parameters import PEER, parse_peer, seconds
 
 rpc_app = typer.Typer(no_args_is_help=True, help="Call methods of other peers.")
 
@@ -19,12 +20,12 @@ def register(app: typer.Typer) -> None:
 @rpc_app.command("call")
 def call(
     ctx: typer.Context,
-    peer: str,
-    method: str = typer.Argument(..., metavar="SERVICE.METHOD"),
-    arguments: list[str] = typer.Argument(None, metavar="[JSON…]", help="Positional arguments, each as JSON."),
-    timeout: float = seconds(30.0, help="Seconds for the call."),
+    peer: str = PEER,
+    method: str = typer.Argument(metavar="SERVICE.METHOD", help="See `lattica rpc services PEER`."),
+    arguments: list[str] = typer.Argument(None, metavar="JSON", help="Positional arguments, each as JSON."),
+    timeout: float = seconds(30.0, help="For the call."),
 ) -> None:
-    """Call SERVICE.METHOD of PEER with JSON arguments and print the result as JSON."""
+    """Call a method of PEER with JSON arguments. Prints the result as JSON."""
     state = State.of(ctx)
     target = str(parse_peer(peer))
     if "." not in method:
@@ -43,7 +44,7 @@ def _value(text: str) -> Any:
 
 
 @rpc_app.command("services")
-def services(ctx: typer.Context, peer: str, timeout: float = seconds(30.0, help="Seconds to ask.")) -> None:
+def services(ctx: typer.Context, peer: str = PEER, timeout: float = seconds(30.0, help="To ask.")) -> None:
     """What PEER offers."""
     state = State.of(ctx)
     target = str(parse_peer(peer))

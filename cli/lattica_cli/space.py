@@ -8,11 +8,10 @@ from typing import Any
 
 import typer
 
-from lattica_cli.context import State, daemon, parse_peer, say, table
+from lattica_cli.context import State, counted, daemon, say, table
+from lattica_cli.parameters import KEY, PEER, SPACE, parse_peer, seconds
 
 space_app = typer.Typer(no_args_is_help=True, help="Replicated state: maps, lists, texts, counters, sets.")
-
-TIMEOUT = typer.Option(30.0, "--timeout", help="Seconds.")
 
 
 def register(app: typer.Typer) -> None:
@@ -22,9 +21,9 @@ def register(app: typer.Typer) -> None:
 @space_app.command("create")
 def create(
     ctx: typer.Context,
-    name: str,
+    name: str = typer.Argument(metavar="NAME", help="For people; it need not be the only one of that name."),
     writer: list[str] = typer.Option([], "--writer", metavar="PEER", help="A peer that may write, too. Repeatable."),
-    quorum: int = typer.Option(0, "--quorum", help="Checkpoints need so many of the signers; 0: the owner alone."),
+    quorum: int = typer.Option(0, "--quorum", min=0, help="Signers that a checkpoint needs; 0: the owner alone."),
     signer: list[str] = typer.Option([], "--signer", metavar="PEER", help="One of the quorum. Repeatable."),
 ) -> None:
     """Make a space that this peer owns; prints its id."""
@@ -41,9 +40,9 @@ def create(
 @space_app.command("join")
 def join(
     ctx: typer.Context,
-    space: str = typer.Argument(metavar="ID"),
+    space: str = typer.Argument(metavar="ID", help="As `lattica space create` printed it."),
     peer: list[str] = typer.Option([], "--peer", metavar="PEER", help="A peer that has it. Repeatable."),
-    timeout: float = TIMEOUT,
+    timeout: float = seconds(30.0, help="To find a member and compare with it."),
 ) -> None:
     """Hold a replica of a space, found through the network."""
     state = State.of(ctx)
@@ -51,11 +50,11 @@ def join(
     with daemon(state) as lat:
         data = lat.join_space(space, peers=peers, timeout=timeout)
     step = "in step with a member" if data["synced"] else "no member compared in time; it goes on by itself"
-    state.emit(data, lambda: say(f"{data['name']}: {data['operations']} operations, {step}"))
+    state.emit(data, lambda: say(f"{data['name']}: {counted(data['operations'], 'operation')}, {step}"))
 
 
 @space_app.command("leave")
-def leave(ctx: typer.Context, space: str) -> None:
+def leave(ctx: typer.Context, space: str = SPACE) -> None:
     """Forget this peer's replica."""
     state = State.of(ctx)
     with daemon(state) as lat:
@@ -82,7 +81,12 @@ def list_spaces(ctx: typer.Context) -> None:
 
 
 @space_app.command("set")
-def set_value(ctx: typer.Context, space: str, key: str, value: str = typer.Argument(metavar="JSON")) -> None:
+def set_value(
+    ctx: typer.Context,
+    space: str = SPACE,
+    key: str = KEY,
+    value: str = typer.Argument(metavar="JSON", help="The value; a text needs quotes."),
+) -> None:
     """Write KEY; every member sees it."""
     state = State.of(ctx)
     try:
@@ -104,7 +108,9 @@ def _int64(digits: str) -> int:
 
 
 @space_app.command("get")
-def get(ctx: typer.Context, space: str, key: str = typer.Argument("", metavar="[KEY]")) -> None:
+def get(
+    ctx: typer.Context, space: str = SPACE, key: str = typer.Argument("", metavar="KEY", help="Left out: all of them.")
+) -> None:
     """Read KEY, or all keys."""
     state = State.of(ctx)
     with daemon(state) as lat:
@@ -113,7 +119,7 @@ def get(ctx: typer.Context, space: str, key: str = typer.Argument("", metavar="[
 
 
 @space_app.command("delete")
-def delete(ctx: typer.Context, space: str, key: str) -> None:
+def delete(ctx: typer.Context, space: str = SPACE, key: str = KEY) -> None:
     """Delete KEY."""
     state = State.of(ctx)
     with daemon(state) as lat:
@@ -122,8 +128,8 @@ def delete(ctx: typer.Context, space: str, key: str) -> None:
 
 
 @space_app.command("show")
-def show(ctx: typer.Context, space: str) -> None:
-    """Everything in the space: maps, lists, texts, counters, sets."""
+def show(ctx: typer.Context, space: str = SPACE) -> None:
+    """Everything in it: maps, lists, texts, counters and sets."""
     state = State.of(ctx)
     with daemon(state) as lat:
         data = lat.daemon("space_read", space)
@@ -131,8 +137,8 @@ def show(ctx: typer.Context, space: str) -> None:
 
 
 @space_app.command("watch")
-def watch(ctx: typer.Context, space: str) -> None:
-    """Print changes as they come, one JSON value a line, until interrupted."""
+def watch(ctx: typer.Context, space: str = SPACE) -> None:
+    """Print changes as they come. One JSON value a line, until interrupted."""
     state = State.of(ctx)
     with daemon(state) as lat:
         for change in lat.daemon_stream("space_watch", space):
@@ -140,19 +146,19 @@ def watch(ctx: typer.Context, space: str) -> None:
 
 
 @space_app.command("add-writer")
-def add_writer(ctx: typer.Context, space: str, peer: str) -> None:
+def add_writer(ctx: typer.Context, space: str = SPACE, peer: str = PEER) -> None:
     """Let PEER write. Only the owner may."""
     _change_members(ctx, "space_add_writer", space, peer)
 
 
 @space_app.command("remove-writer")
-def remove_writer(ctx: typer.Context, space: str, peer: str) -> None:
+def remove_writer(ctx: typer.Context, space: str = SPACE, peer: str = PEER) -> None:
     """Let PEER write no more. Only the owner may."""
     _change_members(ctx, "space_remove_writer", space, peer)
 
 
 @space_app.command("hand-over")
-def hand_over(ctx: typer.Context, space: str, peer: str) -> None:
+def hand_over(ctx: typer.Context, space: str = SPACE, peer: str = PEER) -> None:
     """Make PEER the owner; this peer stays a writer."""
     _change_members(ctx, "space_hand_over", space, peer)
 
@@ -162,11 +168,11 @@ def _change_members(ctx: typer.Context, method: str, space: str, peer: str) -> N
     who = str(parse_peer(peer))
     with daemon(state) as lat:
         data = lat.daemon(method, space, who)
-    state.emit(data, lambda: say(f"{len(data['writers'])} writers: {' '.join(data['writers'])}"))
+    state.emit(data, lambda: say(f"{counted(len(data['writers']), 'writer')}: {' '.join(data['writers'])}"))
 
 
 @space_app.command("members")
-def members(ctx: typer.Context, space: str) -> None:
+def members(ctx: typer.Context, space: str = SPACE) -> None:
     """Who announced itself in the last 30 seconds."""
     state = State.of(ctx)
     with daemon(state) as lat:
@@ -180,8 +186,12 @@ def members(ctx: typer.Context, space: str) -> None:
 
 
 @space_app.command("log")
-def log(ctx: typer.Context, space: str, limit: int = typer.Option(100, "--limit", min=1, max=100_000)) -> None:
-    """The newest operations since the last checkpoint, oldest first."""
+def log(
+    ctx: typer.Context,
+    space: str = SPACE,
+    limit: int = typer.Option(100, "--limit", min=1, max=100_000, help="How many."),
+) -> None:
+    """The newest operations, oldest first. Only those since the last checkpoint are there."""
     state = State.of(ctx)
     with daemon(state) as lat:
         data = lat.daemon("space_log", space, limit)
@@ -206,23 +216,23 @@ def log(ctx: typer.Context, space: str, limit: int = typer.Option(100, "--limit"
 
 
 @space_app.command("root")
-def root(ctx: typer.Context, space: str) -> None:
-    """32 bytes that are equal on two peers exactly when their state is."""
+def root(ctx: typer.Context, space: str = SPACE) -> None:
+    """A hash of the state. Equal on two peers exactly when their state is; 32 bytes."""
     state = State.of(ctx)
     with daemon(state) as lat:
         data = lat.daemon("space_root", space)
-    state.emit(data, lambda: say(f"{data['root']}  {data['operations']} operations"))
+    state.emit(data, lambda: say(f"{data['root']}  {counted(data['operations'], 'operation')}"))
 
 
 @space_app.command("verify")
-def verify(ctx: typer.Context, space: str) -> None:
-    """Check every operation again: signatures, rights, links, contents. Exit code 1 when something is wrong."""
+def verify(ctx: typer.Context, space: str = SPACE) -> None:
+    """Check every operation again. Signatures, rights, links and contents; exit code 1 when something is wrong."""
     state = State.of(ctx)
     with daemon(state) as lat:
         data = lat.daemon("space_verify", space)
 
     def human() -> None:
-        say(f"{data['operations']} operations checked, root {data['root']}")
+        say(f"{counted(data['operations'], 'operation')} checked, root {data['root']}")
         for item in data["refused"]:
             say(f"  {item['operation']}: {item['reason']}")
         if not data["document_equal"]:
@@ -234,24 +244,26 @@ def verify(ctx: typer.Context, space: str) -> None:
 
 
 @space_app.command("checkpoint")
-def checkpoint(ctx: typer.Context, space: str) -> None:
-    """Replace the history by a signed state, on all members. The owner may; where there are signers, one of them
+def checkpoint(ctx: typer.Context, space: str = SPACE) -> None:
+    """Replace the history by a signed state. On all members. The owner may; where there are signers, one of them
     proposes it and the others sign."""
     state = State.of(ctx)
     with daemon(state) as lat:
         data = lat.daemon("space_checkpoint", space)
     waits = "" if data["complete"] else ", proposed to the other signers"
-    state.emit(data, lambda: say(f"checkpoint {data['checkpoint']} of {data['operations']} operations{waits}"))
+    state.emit(
+        data, lambda: say(f"checkpoint {data['checkpoint']} of {counted(data['operations'], 'operation')}{waits}")
+    )
 
 
 @space_app.command("prove")
 def prove(
     ctx: typer.Context,
-    space: str,
-    operation: str,
+    space: str = SPACE,
+    operation: str = typer.Argument(metavar="OPERATION", help="Its id, as `lattica space log` prints it."),
     output: str = typer.Option(..., "-o", "--output", metavar="FILE", help="Where the proof goes."),
 ) -> None:
-    """Write a proof that an operation (by its id from `log`) is part of the state, for `verify-proof`."""
+    """Write a proof that an operation is part of the state. It is for `lattica space verify-proof`."""
     state = State.of(ctx)
     with daemon(state) as lat:
         data = lat.daemon("space_prove", space, operation)
@@ -264,10 +276,10 @@ def prove(
 @space_app.command("verify-proof")
 def verify_proof(
     ctx: typer.Context,
-    file: str,
+    file: str = typer.Argument(metavar="FILE", help="As `lattica space prove` wrote it."),
     root_hex: str = typer.Option("", "--root", metavar="HEX", help="The root that the operation has to be part of."),
 ) -> None:
-    """Check a proof without a daemon: who wrote what, under which root. Exit code 1 when it proves nothing."""
+    """Check a proof, without a daemon. Prints who wrote what, under which root; exit code 1 when it proves nothing."""
     from lattica.errors import InvalidRecord, StorageError
     from lattica_protocols.errors import RemoteProtocolError
     from lattica_protocols.replica.genesis import space_text

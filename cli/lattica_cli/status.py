@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from lattica_cli.context import State, daemon, say, size
+from lattica_cli.context import State, counted, daemon, say, size
 
 
 def register(app: typer.Typer) -> None:
@@ -27,7 +27,7 @@ def identity(ctx: typer.Context) -> None:
 
 
 def status(ctx: typer.Context) -> None:
-    """Identity, uptime, reachability, connections by path, traffic and store."""
+    """This daemon on one screen. Identity, uptime, reachability, connections by path, traffic and store."""
     state = State.of(ctx)
     with daemon(state) as lat:
         data = lat.daemon("status")
@@ -41,10 +41,10 @@ def status(ctx: typer.Context) -> None:
             ("version", f"{data['version']}, process {data['pid']}, home {data['home']}"),
             ("uptime", _duration(data["uptime_seconds"])),
             ("reachable", data["reachability"]),
-            ("connections", f"{data['connections']} with {data['peers']} peers ({paths})"),
+            ("connections", f"{data['connections']} with {counted(data['peers'], 'peer')} ({paths})"),
             ("traffic", f"{size(data['sent_bytes'])} sent, {size(data['received_bytes'])} received"),
-            ("store", f"{store['blobs']} blobs, {size(store['bytes'])}"),
-            ("lookups", f"{data['dht']['peers']} peers in the routing table"),
+            ("store", f"{counted(store['blobs'], 'blob')}, {size(store['bytes'])}"),
+            ("lookups", f"{counted(data['dht']['peers'], 'peer')} in the routing table"),
             ("services", ", ".join(data["services"]) or "none"),
         ]
         lines += [("damaged", text) for text in (store["damaged"], data["spaces"]["damaged"]) if text]

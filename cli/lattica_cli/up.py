@@ -15,15 +15,17 @@ def register(app: typer.Typer) -> None:
 
 def up(
     ctx: typer.Context,
-    listen: list[str] = typer.Option([], "--listen", metavar="ADDR", help="Listen here instead of the default."),
-    bootstrap: list[str] = typer.Option([], "--bootstrap", metavar="ADDR", help="A peer to find the others through."),
-    config: str = typer.Option("", "--config", metavar="F", help="Settings file (default: HOME/config.toml)."),
+    listen: list[str] = typer.Option(
+        [], "--listen", metavar="ADDR", help="Listen here, not at the default. Repeatable."
+    ),
+    bootstrap: list[str] = typer.Option([], "--bootstrap", metavar="ADDR", help="Find others through it. Repeatable."),
+    config: str = typer.Option("", "--config", metavar="FILE", help="Settings file (default: HOME/config.toml)."),
     relay: bool | None = typer.Option(None, "--relay/--no-relay", help="Carry other peers' connections."),
     mdns: bool | None = typer.Option(None, "--mdns/--no-mdns", help="Find peers on the local network."),
     network: str = typer.Option("", "--network", metavar="NAME", help="Private networks are not part of this version."),
     log_level: str = typer.Option("", "--log-level", metavar="LEVEL", help="debug, info, warning or error."),
 ) -> None:
-    """Run the daemon in the foreground; SIGTERM or Ctrl-C drains and ends it."""
+    """Run the daemon in the foreground. SIGTERM or Ctrl-C drains and ends it."""
     from lattica_cli import launch
 
     state = State.of(ctx)

@@ -36,7 +36,6 @@ class Home:
         self.path = Path(os.path.abspath(path))
         self.lock_path = self.path / "lock"
         self.socket_path = self.path / "lattica.sock"
-        self.key_path = self.path / "identity.key"
         self.config_path = self.path / "config.toml"
         self.rules_path = self.path / "rules.json"
         self._lock: int | None = None

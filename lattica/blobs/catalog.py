@@ -14,20 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lattica.blobs.files import FileIdentity, storage_errors
-from lattica.damaged_database import (
-    ADVICE,
-    MOVE_AWAY,
-    check_database,
-    check_schema,
-    check_version,
-    is_damage,
-    lenient_text,
-    log_was_cut,
-    logged_frames,
-    move_aside,
-    readable_rows,
-    reading_damage,
-)
+from lattica.damaged_database import ADVICE, is_damage, move_aside, readable_rows
+from lattica.database import WrittenByNewer, open_database
 from lattica.errors import StorageError, StorageFull
 
 if TYPE_CHECKING:
@@ -103,33 +91,15 @@ class Catalog:
             self._replace_damaged(error)
 
     def _connect(self) -> sqlite3.Connection:
-        frames = logged_frames(self._path)
-        db = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None, timeout=5.0)
-        db.text_factory = lenient_text
         try:
-            with reading_damage():
-                db.execute("PRAGMA journal_mode=WAL")
-                db.execute("PRAGMA synchronous=NORMAL")
-                db.execute("PRAGMA cache_size=-1024")
-                if log_was_cut(db, frames):  # before anything is written into it
-                    self._note_log_cut()
-                check_database(db)
-                self._make_tables(db)
-        except (sqlite3.Error, StorageError):
-            db.close()
-            raise
+            with storage_errors(self._path):
+                db, cut = open_database(self._path, _SCHEMA, _migrate, SCHEMA_VERSION)
+        except WrittenByNewer as error:
+            raise StorageError(str(error)) from None
+        db.execute("PRAGMA cache_size = -1024")
+        if cut:
+            self._note_log_cut()
         return db
-
-    def _make_tables(self, db: sqlite3.Connection) -> None:
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        check_version(version)
-        if version > SCHEMA_VERSION:
-            raise StorageError(
-                f"{self._path} was written by a newer version (format {version}): use that one, or {MOVE_AWAY}"
-            )
-        db.executescript(_SCHEMA)
-        db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
-        check_schema(db, _SCHEMA)
 
     def _note_log_cut(self) -> None:
         self.damaged = (
@@ -214,3 +184,7 @@ class Catalog:
         if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
             return StorageFull(f"no space left for {self._path}: free some; nothing is lost")
         return StorageError(f"{self._path}: {error}")
+
+
+def _migrate(db: sqlite3.Connection, version: int) -> None:
+    db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")

@@ -193,7 +193,7 @@ class InboundCall:
             self._respond(head, tails)
         except (Exception, SystemExit) as error:  # whatever the handler raises is the caller's answer, and its alone
             self._fail(handler_error(error, call, method, self._args, self._kwargs))
-        except BaseException as error:
+        except BaseException as error:  # the worker is cancelled, or the handler lets out what is not meant for us
             if cancelled() or isinstance(error, (KeyboardInterrupt, GeneratorExit, BaseExceptionGroup)):
                 self._fail((CANCELLED, "Cancelled", f"{call.method} was cancelled by its worker"))
                 raise

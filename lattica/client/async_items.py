@@ -146,7 +146,7 @@ class OpenCall:
         try:
             await self._writer.send(value)
         except LocalProtocolError as error:
-            raise InvalidArgument(f"an item of {self._method} {error}") from error
+            raise InvalidArgument(f"an item of {self._method}: {error}") from error
         except CallCancelled:
             if self._error is not None:
                 raise self._error from None

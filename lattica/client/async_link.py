@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lattica.local.memfd import SegmentPool
     from lattica.rpc.channel import Channel
     from lattica.rpc.methods import Method
-    from lattica_protocols.rpc.calls import Call
+    from lattica_protocols.rpc.calls import Call, CallOwner
 
 _STAGE_IN_THREAD_OVER: Final = 4 << 20
 """Bytes: copying more than this takes over a millisecond, which is too long for an event loop."""
@@ -132,7 +132,7 @@ class AsyncLink(LocalChannel):
         flags: int,
         deadline: float | None,
         route: bytes,
-        owner: object,
+        owner: CallOwner,
     ) -> Call:
         """Send a REQUEST."""
         machine = self.machine

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lattica.local.memfd import SegmentPool
     from lattica.rpc.channel import Channel
     from lattica.rpc.methods import Method
-    from lattica_protocols.rpc.calls import Call
+    from lattica_protocols.rpc.calls import Call, CallOwner
 
 TRIM_SECONDS = 5.0
 """How often shared memory that nobody uses is looked for."""
@@ -90,7 +90,7 @@ class Link(LocalChannel):
         flags: int,
         deadline: float | None,
         route: bytes,
-        owner: object,
+        owner: CallOwner,
     ) -> Call:
         """Send a REQUEST; hold the lock. Waits while the daemon takes no more calls."""
         machine = self.machine

@@ -69,7 +69,7 @@ class OpenCall:
         try:
             head, tails = encode_value(value)
         except LocalProtocolError as error:
-            raise InvalidArgument(f"an item of {self._method} {error}") from error
+            raise InvalidArgument(f"an item of {self._method}: {error}") from error
         link = self._link
         with link.lock:
             call = self.call

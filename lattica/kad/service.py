@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import trio
@@ -71,14 +71,6 @@ class StoredValue(NamedTuple):
     """Unix seconds."""
     stored_on: int
     """Peers that have it now, without ourselves."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Reply:
-    """What one value lookup ended with."""
-
-    value: bytes | None
-    asked: int
 
 
 class KadService:

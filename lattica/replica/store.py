@@ -33,18 +33,8 @@ from typing import Self
 
 from blake3 import blake3
 
-from lattica.damaged_database import (
-    ADVICE,
-    MOVE_AWAY,
-    check_database,
-    check_schema,
-    check_version,
-    is_damage,
-    log_was_cut,
-    logged_frames,
-    move_aside,
-    reading_damage,
-)
+from lattica.damaged_database import ADVICE, is_damage, move_aside
+from lattica.database import WrittenByNewer, open_database
 from lattica.errors import ConfigError, StorageError, StorageFull
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.replica.genesis import Genesis, space_text
@@ -378,33 +368,14 @@ class _Writing:
 
 
 def _connect(path: Path | None) -> tuple[sqlite3.Connection, bool]:
-    """The connection, and whether the write-ahead log lost what it had."""
-    frames = 0 if path is None else logged_frames(path)
-    if path is not None:
-        # Created by us so that nobody else can read it; SQLite gives its WAL file the same mode.
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    connection = sqlite3.connect(path or ":memory:", timeout=2.0, isolation_level=None, check_same_thread=False)
+    """See `open_database`."""
     try:
-        with reading_damage():
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = NORMAL")
-            cut = log_was_cut(connection, frames)  # before anything is written into it
-            check_database(connection)
-            _migrate(connection, path)
-            check_schema(connection, SCHEMA)
-    except (sqlite3.Error, ConfigError):
-        connection.close()
-        raise
-    return connection, cut
+        return open_database(path, SCHEMA, _migrate, VERSION)
+    except WrittenByNewer as error:
+        raise ConfigError(f"home: {error}") from None
 
 
-def _migrate(connection: sqlite3.Connection, path: Path | None) -> None:
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
-    check_version(version)
-    if version > VERSION:
-        raise ConfigError(
-            f"home: {path} was written by a newer version of lattica (schema {version}): use that one, or {MOVE_AWAY}"
-        )
+def _migrate(connection: sqlite3.Connection, version: int) -> None:
     if version < VERSION:
         steps = "".join(MIGRATIONS[each] for each in range(version, VERSION)) if version else ""
         connection.executescript(f"BEGIN; {steps} {SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")

@@ -24,12 +24,6 @@ if TYPE_CHECKING:
     from lattica_protocols.peer_id import PeerId
 
 
-class CallOwner(Protocol):
-    """Takes the events of one call (`call.owner`). Must neither wait nor raise."""
-
-    def on_frame(self, kind: int, call: Call, head: bytes, tail: Buffer) -> None: ...
-
-
 class Speaker(Protocol):
     """What code that runs a call needs of its channel, whatever the channel is made of."""
 

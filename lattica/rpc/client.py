@@ -21,7 +21,7 @@ from lattica.rpc.items import ItemReader, ItemWriter, Parking
 from lattica.rpc.peer_channel import PeerChannel
 from lattica.rpc.status import error_from_head_untrusted
 from lattica_protocols.errors import LocalProtocolError, RemoteProtocolError
-from lattica_protocols.rpc.calls import Call
+from lattica_protocols.rpc.calls import Call, CallOwner
 from lattica_protocols.rpc.frames import (
     CLIENT_STREAM,
     CREDIT,
@@ -131,7 +131,7 @@ def _open(
     tails: Sequence[Buffer],
     flags: int,
     deadline: float | None,
-    owner: object,
+    owner: CallOwner,
 ) -> Call:
     machine = channel.machine
     if machine.lost or machine.going_away:
@@ -178,7 +178,7 @@ class ItemStream:
             try:
                 self._token.run_sync_soon(self._call.cancel)
             except trio.RunFinishedError:
-                pass
+                pass  # and the call with it
 
 
 class OpenCall:

@@ -267,8 +267,9 @@ class _Waiting:
     def pass_on(self, target: Channel) -> None:
         splice(self.channel, self.call, self.head, self.tail, target)
         for kind, head, tail in self.frames:
-            if not self.call.over:
-                self.call.owner.on_frame(kind, self.call, head, tail)
+            owner = self.call.owner
+            if owner is not None and not self.call.over:
+                owner.on_frame(kind, self.call, head, tail)
 
 
 def _fail(channel: Channel, call: Call, code: int, kind: str, message: str) -> None:

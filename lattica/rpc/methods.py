@@ -96,9 +96,9 @@ def run_in_thread(function: Callable[..., Any], /, *args: Any, **kwargs: Any) ->
     the method ran) becomes a `RemoteError`: in the loop that waits for the thread it would mean something else."""
     try:
         return function(*args, **kwargs)
-    except Exception:
+    except Exception:  # the caller's answer, as it is
         raise
-    except BaseException as error:
+    except BaseException as error:  # would end the loop, or cancel what waits in it
         raise RemoteError(message_of(error), type(error).__name__) from error
 
 

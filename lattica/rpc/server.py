@@ -159,10 +159,10 @@ class InboundCall(Job):
             raise
         except (Exception, SystemExit) as error:  # whatever the handler raises is the caller's answer, and its alone
             self._fail(error)
-        except BaseException as error:
+        except BaseException as error:  # such as asyncio's CancelledError: it means nothing here
             if isinstance(error, (KeyboardInterrupt, GeneratorExit, BaseExceptionGroup)):
                 raise
-            self._fail(error)  # such as asyncio's CancelledError: it means nothing here
+            self._fail(error)
         finally:
             call.owner = None  # no cycle for the garbage collector
 

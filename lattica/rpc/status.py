@@ -53,7 +53,7 @@ def message_of(error: BaseException) -> str:
     """`str(error)`, which is code of whoever wrote the exception's class and may itself raise."""
     try:
         return str(error)
-    except Exception as second:
+    except Exception as second:  # whatever that code raises: the first error has to be told all the same
         return f"its text cannot be made: {type(second).__name__}"
 
 

@@ -62,7 +62,6 @@ class MemoryStream(Stream):
         self.protocol = None
         self.number = number
         self._inbox: deque[bytes] = deque()
-        self._inbox_size = 0
         self._sink: StreamSink | None = None
         self._paused = False
         self._eof = False
@@ -142,10 +141,8 @@ class MemoryStream(Stream):
     def push_back(self, data: bytes) -> None:
         if data:
             self._inbox.appendleft(data)
-            self._inbox_size += len(data)
 
     def _consumed(self, n: int) -> None:
-        self._inbox_size -= n
         self.connection.transmit(lambda other: other.deliver_ack(self.number, n))
 
     def set_sink(self, sink: StreamSink) -> None:
@@ -209,7 +206,6 @@ class MemoryStream(Stream):
     # -- from the link ------------------------------------------------------------------------------------
     def deliver(self, data: bytes) -> None:
         self._inbox.append(data)
-        self._inbox_size += len(data)
         self.connection.received_bytes += len(data)
         self._flush_to_sink()
         self._wake()

@@ -134,12 +134,6 @@ class Box:
             self._poison[packet.protocol, packet.to[1], packet.source] = now
         return None
 
-    def forget_mappings(self) -> None:
-        """As after a restart of the box."""
-        self._by_inside.clear()
-        self._by_port.clear()
-        self._poison.clear()
-
     # -- inside -------------------------------------------------------------------------------------------------------
     def _lets_out(self, packet: Packet) -> bool:
         if packet.protocol == "udp":

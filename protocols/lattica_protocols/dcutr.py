@@ -76,12 +76,16 @@ _LOCAL_NETWORKS: Final = tuple(
 
 
 class PunchType(enum.IntEnum):
+    """Both sides CONNECT, then the initiator sends SYNC."""
+
     CONNECT = 100
     SYNC = 300
 
 
 @dataclass(frozen=True, slots=True)
 class PunchMessage(Message):
+    """Any of the three. Fields from 16 on are ours; others skip them."""
+
     type: int | None = optional(1, Kind.ENUM)
     addrs: Sequence[bytes] = repeated(2, Kind.BYTES, max_count=limits.DCUTR_MAX_ADDRS)
     token: bytes | None = optional(16, Kind.BYTES, max_bytes=TOKEN_BYTES)

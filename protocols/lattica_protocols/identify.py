@@ -37,9 +37,6 @@ from lattica_protocols.multiaddr import Multiaddr
 from lattica_protocols.peer_record import PeerRecord, decode_addrs_untrusted
 from lattica_protocols.protobuf import Kind, Message, optional, repeated
 
-IDENTIFY_PROTOCOL = "/ipfs/id/1.0.0"
-IDENTIFY_PUSH_PROTOCOL = "/ipfs/id/push/1.0.0"
-
 
 @dataclass(slots=True)
 class PushBudget:

@@ -346,9 +346,6 @@ HASHES_PER_PAGE = 1 << 15
 MAX_OBJECT_BYTES = 16 << 20
 """A manifest: 4 MiB of digests and the tensor table, or 100,000 files of a folder. It is held in memory whole."""
 
-MAX_FOREIGN_BLOCK_BYTES = 2 << 20
-"""A raw block under a SHA2-256 or BLAKE3 content id: the block limit of bitswap."""
-
 MAX_MANIFEST_TENSORS = 200_000
 """The largest mixture-of-experts checkpoints list about 90,000 tensors over all their files together."""
 

@@ -29,6 +29,7 @@ from measured import HERE, MIB, Bench, Figure, cpu_seconds, peak_resident
 from driven import Driven, driven  # isort: skip  # found through `measured`
 
 RESERVATIONS, BUSY = 500, 100
+POLL_SECONDS = 0.01
 
 
 def _peer(bench: Bench, **settings: object) -> Driven:
@@ -107,7 +108,7 @@ def _connect(port: int) -> socket.socket:
         try:
             return socket.create_connection(("127.0.0.1", port))
         except ConnectionRefusedError:
-            time.sleep(0.01)
+            time.sleep(POLL_SECONDS)
     raise RuntimeError("socat did not start")
 
 

@@ -23,6 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "runtime"))
 from waiting import until
 
 TCP = ["/ip4/127.0.0.1/tcp/0"]
+EDIT_PAUSE = 0.002
+"""Seconds from one edit to the next: each is sent by itself, not in a batch."""
+ROUND_PAUSE = 0.05
+"""Seconds between measured edits, so that none meets what the one before caused."""
 
 
 def fill(space: Space, count: int) -> dict[str, Any]:
@@ -72,7 +76,7 @@ async def wire_bytes(node: Node, space: Space, count: int) -> float:
     before = sent()
     for number in range(count):
         space[f"worker{number % 1000}"] = -number
-        await trio.sleep(0.002)  # an edit now and then, not a batch
+        await trio.sleep(EDIT_PAUSE)
     return (sent() - before) / count
 
 
@@ -104,7 +108,7 @@ async def visible_everywhere(count: int, rounds: int) -> dict[str, float]:
             source["value"] = number
             await until(partial(shows, spaces, number), poll=0.0)
             seconds.append(time.perf_counter() - started)
-            await trio.sleep(0.05)  # a pace: edits now and then
+            await trio.sleep(ROUND_PAUSE)
         trips = []
         for node in nodes:
             for peer in node.host.peers():

@@ -39,6 +39,10 @@ OPENINGS = [
 GROWTH = 96 << 20
 """Bytes of resident memory that the daemon may gain."""
 CALL_SECONDS = 10.0
+UNIX_PAUSE = 0.01
+BURST_PAUSE = 0.02
+"""Seconds between bursts of 50 datagrams, or the kernel would drop most of them."""
+HONEST_PAUSE = 1.0
 
 
 class Soak:
@@ -66,7 +70,7 @@ class Soak:
             async with await trio.open_unix_socket(str(self.daemon.home / "lattica.sock")) as stream:
                 await self._speak(stream, b"")
             self.counts["Unix connections"] += 1
-            await trio.sleep(0.01)
+            await trio.sleep(UNIX_PAUSE)
 
     async def _speak(self, stream: trio.SocketStream, opening: bytes) -> None:
         with contextlib.suppress(trio.BrokenResourceError), trio.move_on_after(self.rng.uniform(0.1, 12)):
@@ -82,7 +86,7 @@ class Soak:
                 for _ in range(50):
                     sock.sendto(self._datagram(), target)
                 self.counts["datagrams"] += 50
-                await trio.sleep(0.02)
+                await trio.sleep(BURST_PAUSE)
 
     def _datagram(self) -> bytes:
         data = bytearray(self.rng.randbytes(self.rng.choice((1, 20, 100, 1200, 1472, 9000))))
@@ -101,7 +105,7 @@ class Soak:
                         data = os.urandom(1000)
                         assert await node.rpc.call(self.peer, "bench.echo", data, timeout=CALL_SECONDS) == data
                 self.counts["honest calls"] += 1
-            await trio.sleep(1)
+            await trio.sleep(HONEST_PAUSE)
 
     def resident(self) -> int:
         text = Path(f"/proc/{self.daemon.process.pid}/statm").read_text()

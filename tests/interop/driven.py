@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,22 +62,3 @@ def driven(python: Path | str, script: Path, settings: Any = None, *, log: Path 
         finally:
             process.kill()
             process.communicate(timeout=10)
-
-
-def answer_commands(commands: dict[str, Any], hello: dict[str, Any]) -> None:
-    """The other side, for scripts without an event loop: say `hello`, then run `commands` until stdin ends."""
-    sys.stdout.write(json.dumps(hello) + "\n")
-    sys.stdout.flush()
-    for line in sys.stdin:
-        command: dict[str, Any] = json.loads(line)
-        try:
-            answer: dict[str, Any] = {"ok": commands[command["do"]](*command["args"])}
-        except Exception as error:  # whatever it was, the driver has to hear of it
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
-
-
-def chosen(args: Sequence[str]) -> Any:
-    """The settings a driven script was started with."""
-    return json.loads(args[1])

@@ -95,7 +95,8 @@ def _node_modules(name: str, package: str, worker: str) -> Path:
     sources = Path(__file__).with_name("js")
     installed = home / "package.json"
     wanted = (sources / package).read_bytes()
-    shutil.copy(sources / worker, home)
+    for script in (worker, "obey.mjs"):
+        shutil.copy(sources / script, home)
     if not (installed.exists() and installed.read_bytes() == wanted and (home / ".done").exists()):
         (home / ".done").unlink(missing_ok=True)
         installed.write_bytes(wanted)

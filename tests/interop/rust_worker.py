@@ -89,7 +89,7 @@ def main():
             else:
                 answer = getattr(peer, name)(*args)
             print(json.dumps({"ok": answer}), flush=True)
-        except Exception as error:
+        except Exception as error:  # whatever it was, the driver has to hear of it
             print(json.dumps({"error": str(error)}), flush=True)
 
 

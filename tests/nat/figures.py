@@ -39,6 +39,8 @@ from lattica_protocols.nat.punch_plan import Technique  # noqa: E402
 
 NATTED = '[relay]\nuse = "always"\n[discovery]\nmode = "client"\n'
 PUBLIC = '[discovery]\nmode = "client"\n'
+SETTLED_SECONDS = 15.0
+"""Identify, discovery of the NAT, search for relays: what happens once is over then."""
 ONE_WAY = 0.02
 DIRECT_SECONDS = 15.0
 BIRTHDAY_SECONDS = 40.0
@@ -312,7 +314,7 @@ def idle(seconds: float) -> Iterator[Row]:
         for i in range(8):
             other = figures.daemon(f"idle-peer{i}", figures.lab.public_host(), PUBLIC, relays=1)
             one.json("peer", "connect", other.address("tcp"))
-        time.sleep(15.0)  # identify, discovery of the NAT, relay search: what happens once
+        time.sleep(SETTLED_SECONDS)
         before = sum(host.wire_bytes())
         time.sleep(seconds)
         figure = f"{(sum(host.wire_bytes()) - before) / seconds:.0f} B/s"

@@ -17,7 +17,8 @@ from nat_lab import LabHost
 sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
 
 from daemon_processes import READY_TIMEOUT, Process, clean_environment
-from waiting import wait_until as wait_until  # for everything that runs in the lab
+from waiting import stays as stays  # for everything that runs in the lab
+from waiting import wait_until as wait_until
 
 import lattica_daemon.run  # noqa: F401  # loaded before the fork
 from lattica_daemon.main import main

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import trio
-from lab_daemons import wait_until
+from lab_daemons import stays, wait_until
 from spread_lab import GlobalLab
 
 from lattica.node import Node, NodeConfig, open_node
@@ -75,8 +74,7 @@ def test_go_believes_what_we_found(run: Callable[..., Any], firewall: bool) -> N
                     if firewall:
                         wait_until(lambda: holds_reservation(nodes, go.peer_id), 20.0)
                     else:
-                        time.sleep(CONVINCED_SECONDS)  # that nothing happens cannot be waited for otherwise
-                        assert not holds_reservation(nodes, go.peer_id)
+                        stays(lambda: not holds_reservation(nodes, go.peer_id), CONVINCED_SECONDS)
 
             await trio.to_thread.run_sync(drive)
             assert set(outcomes(nodes)) == {(1, "DIAL_ERROR" if firewall else "OK")}

@@ -16,6 +16,7 @@ import pytest
 import trio
 from lab_daemons import LabDaemon
 from spread_lab import GlobalLab
+from waiting import until
 
 from lattica.node import Node, NodeConfig, open_node
 from lattica.punch import PunchReport
@@ -89,14 +90,12 @@ async def our_node(lab: Lab) -> AsyncIterator[Node]:
             pass
 
         node.punch._dial_known = nothing  # type: ignore[method-assign]
-        while not node.relay_client.reservations() or not node.punch.candidates():  # noqa: ASYNC110  # bounded by `run`
-            await trio.sleep(0.02)
+        await until(lambda: node.relay_client.reservations() and node.punch.candidates())
         yield node
 
 
 async def until_direct(node: Node, peer: PeerId) -> PunchReport:
-    while peer not in node.punch.reports or not node.punch.reports[peer].result:  # noqa: ASYNC110  # bounded by `run`
-        await trio.sleep(0.02)
+    await until(lambda: peer in node.punch.reports and node.punch.reports[peer].result)
     return node.punch.reports[peer]
 
 

@@ -12,6 +12,7 @@ CLIENT = '[discovery]\nmode = "client"\n'
 SETTLED_SECONDS = 30.0
 """Verdicts on NATs and on who reaches us are asked for until then."""
 SILENT_SECONDS = 27.0
+"""The time that is measured: longer than a NAT's mapping may be left alone."""
 
 
 def sent(daemon: LabDaemon, other: LabDaemon) -> int:

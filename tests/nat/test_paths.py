@@ -24,6 +24,8 @@ from lattica.client.async_items import ItemReader
 from lattica.rpc import client_streaming
 
 NATTED = '[relay]\nuse = "always"\n[discovery]\nmode = "client"\n'
+PACE = 0.02
+"""Seconds from one item of a stream to the next."""
 FETCH_BYTES = 1 << 30
 DIRECT_BEFORE_CUT = 100 << 20
 NOTICED_SECONDS = 6.5
@@ -46,7 +48,7 @@ class Work:
     async def count(self, n: int) -> AsyncIterator[Any]:
         for i in range(n):
             yield [i, bytes(100_000 if i % 10 == 0 else 100)]
-            await trio.sleep(0.02)
+            await trio.sleep(PACE)
 
     @client_streaming
     async def collect(self, items: ItemReader) -> list[int]:
@@ -94,7 +96,7 @@ class Load:
             while not self.stop:
                 await call.send([sent, bytes(100_000 if sent % 10 == 0 else 100)])
                 sent += 1
-                await trio.sleep(0.02)
+                await trio.sleep(PACE)
             assert await call.result() == list(range(sent))
             self.items += sent
 

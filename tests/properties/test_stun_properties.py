@@ -1,3 +1,5 @@
+"""STUN over made-up messages: what is sent is what is read, and garbage is refused and nothing else."""
+
 import ipaddress
 
 from hypothesis import given

@@ -74,6 +74,19 @@ def test_help_names_every_command_of_the_contract(lattica: Run) -> None:
             assert re.search(rf"^  {name} ", shown.stdout, re.MULTILINE), f"{group} {name}"
 
 
+def test_help_is_whole(lattica: Run) -> None:
+    """No description of a command is cut, and every argument has one."""
+    commands = [[name] for name in COMMANDS] + [[group, name] for group in GROUPS for name in GROUPS[group]]
+    for listing in ([], *([group] for group in GROUPS)):
+        listed = lattica(*listing, "--help").stdout.partition("Commands:\n")[2]
+        assert listed
+        assert "..." not in listed
+    for command in commands:
+        arguments = lattica(*command, "--help").stdout.partition("Arguments:\n")[2].partition("\n\n")[0]
+        for line in arguments.splitlines():
+            assert "<str>  [required]" not in line, f"{command}: {line}"
+
+
 def test_help_imports_nothing_heavy() -> None:
     """What makes `lattica --help` slow is importing; 0.3 s is the bound, and these alone would pass it."""
     script = (
@@ -119,6 +132,8 @@ def test_without_a_command_the_help_is_shown(lattica: Run) -> None:
         ["dht", "put", "k", "v", "--ttl", "-1"],
         ["dht", "get", "k", "--timeout", "nan"],
         ["doctor", "--timeout", "nan"],
+        ["space", "join", "baga", "--timeout", "0"],
+        ["space", "create", "team", "--quorum", "-1"],
         ["providers", "Qm0"],
         ["peer", "connect", "/ip4/1.2.3/tcp/1"],
         ["peer", "connect", "nobody"],

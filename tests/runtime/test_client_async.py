@@ -107,7 +107,7 @@ class Expert:
         raise {"KeyboardInterrupt": KeyboardInterrupt, "CancelledError": asyncio.CancelledError, "Mute": Mute}[kind]
 
     async def waits_for_a_cancelled_task(self) -> None:
-        task = asyncio.get_running_loop().create_task(asyncio.sleep(60))
+        task = asyncio.get_running_loop().create_task(asyncio.Event().wait())
         task.cancel()
         await task
 
@@ -196,6 +196,8 @@ def test_streams_in_both_directions(run_in: Run, daemons: DaemonThread) -> None:
         async with alice.open_call(bob, "expert.total", 2, receives=False, timeout=20) as call:
             for n in range(200):
                 await call.send(n)
+            with pytest.raises(InvalidArgument, match=r"an item of expert\.total: a builtins\.set cannot be sent"):
+                await call.send({1})
             assert await call.result() == 2 * sum(range(200))
 
     pair(run_in, daemons, main)

@@ -348,6 +348,8 @@ def test_both_directions(alice: lattica.Client, daemons: DaemonThread) -> None:
     with alice.open_call(b.peer_id, "talk.total", receives=False, timeout=20) as call:
         for n in range(200):
             call.send(n)
+        with pytest.raises(InvalidArgument, match=r"an item of talk\.total: a builtins\.set cannot be sent"):
+            call.send({1})
         assert call.result() == sum(range(200))
 
 

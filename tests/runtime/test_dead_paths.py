@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import trio
 from tcp_nodes import BOB_ID, Node, Pair, two_nodes
+from waiting import remains
 
 from lattica.errors import PathLost
 from lattica.transports.muxed import MuxedConnection
@@ -81,8 +82,7 @@ def test_a_dead_path_is_noticed_where_somebody_waits(run: Run, waits: str) -> No
             stream, theirs = await pair.streams()
             stream.write(b"ask")
             assert await theirs.receive_exactly(3) == b"ask"
-            await trio.sleep(2 * PACE.dead)  # nobody hurries the one who is asked
-            assert not pair.outbound.closed.is_set()
+            await remains(lambda: not pair.outbound.closed.is_set(), 2 * PACE.dead)  # nobody hurries who is asked
             proxy.cut = True
             started = trio.current_time()
             if waits == "data":

@@ -281,7 +281,7 @@ def test_peers_that_identify_in_unusual_ways(run_mocked, ending: str, damaged: b
                 if ending == "left open":
                     await trio.sleep_forever()
                 if ending == "reset":
-                    await trio.sleep(0.1)
+                    await elapse(0.1)
                     stream.reset()
                 else:
                     await stream.aclose()

@@ -54,6 +54,12 @@ from lattica_protocols.rpc.tensors import encode_args
 
 LISTEN = ["/ip4/127.0.0.1/tcp/0", "/ip4/127.0.0.1/udp/0/quic-v1"]
 SHARED_BYTES = 64 << 20
+BURST_PAUSE = 0.01
+"""Seconds between bursts of 200 datagrams, or the kernel would drop most of them."""
+DRIP_SECONDS = 0.7
+"""From one byte to the next: never silent for long, never done in time."""
+SAMPLE_SECONDS = 0.05
+"""How often memory is looked at."""
 GROWTH = 64 << 20
 """Bytes that the victim may have more after an attack than before it: allocators keep some, Python's arenas do."""
 KAD = "/lattica/kad/1.0.0"
@@ -156,7 +162,7 @@ def test_garbage_on_the_udp_port(attack: Callable[..., None]) -> None:
                     data[5] = 8
                 sock.sendto(data, target)
                 if number % 200 == 0:
-                    await trio.sleep(0.01)
+                    await trio.sleep(BURST_PAUSE)
 
     attack(attacker)
 
@@ -546,7 +552,7 @@ def test_what_nobody_reads_is_bounded_over_all_connections(attack: Callable[...,
             with trio.move_on_after(6):
                 while not connection.closed.is_set():
                     peak.append(victim.resident())
-                    await trio.sleep(0.05)
+                    await trio.sleep(SAMPLE_SECONDS)
 
     async def attacker(victim: Watched) -> None:
         before, peak = victim.resident(), [0]
@@ -576,7 +582,7 @@ def test_slow_loris(attack: Callable[..., None]) -> None:
         with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             for byte in data:
                 await stream.send_all(bytes([byte]))
-                await trio.sleep(0.7)
+                await trio.sleep(DRIP_SECONDS)
 
     async def attacker(victim: Watched) -> None:
         streams = [await connect(victim) for _ in range(20)]

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import trio
-import trio.testing
 from test_relay import addr_of, relay_node
+from waiting import until
 
 from lattica.node import Node, NodeConfig, open_node
 from lattica.relay.splice import Half
@@ -71,8 +70,7 @@ async def through(bad: Node, good: Node, home: Path) -> AsyncIterator[tuple[Node
     relays = [addr_of(bad), addr_of(good)]
     config = NodeConfig(home=home / "b", listen=[], relay_use="always", relays=relays, punch=False)
     async with open_node(config) as b, open_node(NodeConfig(home=home / "a", listen=[], punch=False)) as a:
-        while len(b.relay_client.reservations()) < 2:  # noqa: ASYNC110  # bounded by `run`
-            await trio.sleep(0.01)
+        await until(lambda: len(b.relay_client.reservations()) == 2)
         for node in (a, b):
             node.circuits._upgrader._pace = PACE
         circuits = [Multiaddr.parse(f"{relay}/p2p-circuit/p2p/{b.peer_id}") for relay in relays]

@@ -17,7 +17,7 @@ import ifaddr
 import pytest
 import trio
 import trio.testing
-from natted_nodes import circuit_to, natted_node, until_direct
+from natted_nodes import circuit_to, natted_node, natted_pair, until_direct
 from test_relay import QUIC, TCP, relay_node
 
 from lattica.errors import StreamReset
@@ -30,6 +30,8 @@ from lattica_protocols.early_punch import decode_offer_untrusted, encode_offer
 from lattica_protocols.multiaddr import Multiaddr
 
 OWN = Multiaddr.parse("/ip4/127.0.0.1/udp/9/quic-v1")
+ITEMS_PAUSE = 0.001
+"""Seconds after every hundred items: a stream lasts until the path has changed under it."""
 
 
 class Counter:
@@ -37,38 +39,25 @@ class Counter:
         for i in range(n):
             yield i
             if i % 100 == 0:
-                await trio.sleep(0.001)
+                await trio.sleep(ITEMS_PAUSE)
 
     async def echo(self, x: int) -> int:
         return x
 
 
-@pytest.mark.parametrize(
-    ("relay_listen", "listen", "paths"),
-    [(QUIC, [QUIC], {"quic"}), (TCP, [TCP], {"tcp"})],
-    ids=["udp", "tcp"],
-)
-def test_a_punch_needs_nothing_but_the_relay(run, relay_listen: str, listen: list[str], paths: set[str]) -> None:
+@pytest.mark.parametrize(("listen", "path"), [(QUIC, "quic"), (TCP, "tcp")], ids=["udp", "tcp"])
+def test_a_punch_needs_nothing_but_the_relay(run, listen: str, path: str) -> None:
     async def main() -> None:
-        async with (
-            relay_node(relay_listen) as relay,
-            natted_node(relay, listen) as a,
-            natted_node(relay, listen) as b,
-            trio.open_nursery() as nursery,
-        ):
+        async with natted_pair(listen) as pair:
+            a, b = pair.a, pair.b
             assert len(a.punch.candidates()) == 1  # what the relay sees of the socket we listen on
-            for node in (a, b):
-                nursery.start_soon(node.punch.run)
-            await trio.testing.wait_all_tasks_blocked()
+            await pair.start_punching()
             started = trio.current_time()
-            connection = await a.host.connect(None, [circuit_to(b)])
-            assert connection.path == "relay"
-            assert await until_direct(b, a) in paths
-            assert await until_direct(a, b) in paths
+            await pair.connect()
+            assert await until_direct(b, a) == await until_direct(a, b) == path
             assert trio.current_time() - started < 3
             assert b.punch.reports[a.peer_id].attempts == 1
             assert str(b.punch.candidates()[0]) in " ".join(a.punch.reports[b.peer_id].tried)
-            nursery.cancel_scope.cancel()
 
     run(main)
 
@@ -103,12 +92,8 @@ def test_addresses_are_listed_without_looking_at_the_interfaces_for_each_connect
 # -- the head start ----------------------------------------------------------------------------------------------------
 def test_the_first_dial_does_not_wait_for_the_punch(run, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
-        async with (
-            relay_node(QUIC) as relay,
-            natted_node(relay, [QUIC]) as a,
-            natted_node(relay, [QUIC]) as b,
-            trio.open_nursery() as nursery,
-        ):
+        async with natted_pair(QUIC) as pair:
+            a, b = pair.a, pair.b
             opened: list[str] = []
 
             async def hang(*_: object) -> None:
@@ -117,10 +102,8 @@ def test_the_first_dial_does_not_wait_for_the_punch(run, monkeypatch: pytest.Mon
             monkeypatch.setattr(b.punch, "_initiate", hang)
             b.punch.early_hops = lambda: 2
             monkeypatch.setattr(QuicEndpoint, "send_short_lived", lambda _, data, addr, hops: opened.append(addr))
-            for node in (a, b):
-                nursery.start_soon(node.punch.run)
-            await trio.testing.wait_all_tasks_blocked()
-            await a.host.connect(None, [circuit_to(b)])
+            await pair.start_punching()
+            await pair.connect()
             assert await until_direct(a, b) == await until_direct(b, a) == "quic"
             (direct,) = [c for c in a.host.connections(b.peer_id) if c.path != "relay"]
             assert direct.direction == "outbound"
@@ -129,27 +112,19 @@ def test_the_first_dial_does_not_wait_for_the_punch(run, monkeypatch: pytest.Mon
             report = a.punch.reports[b.peer_id]
             assert report.attempts == 0
             assert report.tried == [f"{b.punch.candidates()[0]} (before the punch)"]
-            nursery.cancel_scope.cancel()
 
     run(main)
 
 
 def test_a_partner_without_the_head_start_is_punched(run) -> None:
     async def main() -> None:
-        async with (
-            relay_node(QUIC) as relay,
-            natted_node(relay, [QUIC]) as a,
-            natted_node(relay, [QUIC]) as b,
-            trio.open_nursery() as nursery,
-        ):
-            for node in (a, b):
-                nursery.start_soon(node.punch.run)
-            await trio.testing.wait_all_tasks_blocked()
+        async with natted_pair(QUIC) as pair:
+            a, b = pair.a, pair.b
+            await pair.start_punching()
             b.host.unhandle(EARLY_PROTOCOL_ID)
-            await a.host.connect(None, [circuit_to(b)])
+            await pair.connect()
             assert await until_direct(a, b) == "quic"
             assert a.punch.reports[b.peer_id].attempts == 1
-            nursery.cancel_scope.cancel()
 
     run(main)
 
@@ -158,17 +133,12 @@ def test_an_offer_opens_nothing_for_others_and_counts_once(run) -> None:
     """Whoever names somebody else's address has nothing sent there, and a connection is good for one offer."""
 
     async def main() -> None:
-        async with (
-            relay_node(QUIC) as relay,
-            natted_node(relay, [QUIC]) as a,
-            natted_node(relay, [QUIC]) as b,
-            trio.open_nursery() as nursery,
-        ):
+        async with natted_pair(QUIC) as pair:
+            a, b = pair.a, pair.b
             opened: list[str] = []
             b.punch._open_nat = lambda targets, hops: opened.extend(str(t.addr) for t in targets)  # type: ignore[method-assign]
-            nursery.start_soon(b.punch.run)
-            await trio.testing.wait_all_tasks_blocked()
-            relayed = await a.host.connect(None, [circuit_to(b)])
+            await pair.start_punching(b)
+            relayed = await pair.connect()
             offer = encode_offer([Multiaddr.parse("/ip4/203.0.113.9/udp/53/quic-v1"), OWN], None)
             stream = LazyStream(await relayed.open_stream(), EARLY_PROTOCOL_ID)
             await stream.send_frame(offer)
@@ -178,12 +148,11 @@ def test_an_offer_opens_nothing_for_others_and_counts_once(run) -> None:
             await again.send_frame(offer)
             with pytest.raises(StreamReset):
                 await again.receive_frame(4096)
-            direct = LazyStream(await (await a.host.connect(relay.peer_id)).open_stream(), EARLY_PROTOCOL_ID)
+            direct = LazyStream(await (await a.host.connect(pair.relay.peer_id)).open_stream(), EARLY_PROTOCOL_ID)
             await direct.send_frame(offer)
             with pytest.raises(StreamReset):
                 await direct.receive_frame(4096)
             assert len(opened) == 1
-            nursery.cancel_scope.cancel()
 
     run(main)
 
@@ -209,14 +178,10 @@ def test_a_public_partner_is_dialled_back(run) -> None:
 
 def test_calls_and_streams_survive_the_change_of_paths(run, tmp_path: Path) -> None:
     async def main() -> None:
-        async with (
-            relay_node(QUIC) as relay,
-            natted_node(relay, [QUIC]) as a,
-            natted_node(relay, [QUIC]) as b,
-            trio.open_nursery() as nursery,
-        ):
+        async with natted_pair(QUIC) as pair:
+            a, b = pair.a, pair.b
             b.rpc.serve("counter", Counter())
-            await a.host.connect(None, [circuit_to(b)])
+            await pair.connect()
             assert await a.rpc.call(b.peer_id, "counter.echo", 1) == 1
             channel = a.rpc.open_channel(b.peer_id)
             assert channel is not None
@@ -240,7 +205,7 @@ def test_calls_and_streams_survive_the_change_of_paths(run, tmp_path: Path) -> N
                 await begun.wait()
                 assert received[-1] < 20_000 - 1
                 for node in (a, b):
-                    nursery.start_soon(node.punch.run)
+                    pair.nursery.start_soon(node.punch.run)
                 await until_direct(a, b)
                 work.start_soon(call, done)
             assert received == list(range(20_000))
@@ -248,33 +213,27 @@ def test_calls_and_streams_survive_the_change_of_paths(run, tmp_path: Path) -> N
             channel = a.rpc.open_channel(b.peer_id)
             assert channel is not None
             assert channel.stream.connection.path == "quic"
-            nursery.cancel_scope.cancel()
 
     run(main)
 
 
 def test_a_fetch_goes_on_while_the_path_changes(run, tmp_path: Path) -> None:
     async def main() -> None:
-        async with (
-            relay_node(TCP) as relay,
-            natted_node(relay, [TCP], home=tmp_path / "a") as a,
-            natted_node(relay, [TCP], home=tmp_path / "b") as b,
-            trio.open_nursery() as nursery,
-        ):
+        async with natted_pair(TCP, homes=tmp_path) as pair:
+            a, b = pair.a, pair.b
             source = tmp_path / "model.bin"
             source.write_bytes(os.urandom(48_000_000))
             shared = await b.blobs.share(source)
-            await a.host.connect(None, [circuit_to(b)])
+            await pair.connect()
             async with trio.open_nursery() as work:
                 work.start_soon(partial(a.blobs.fetch, shared.cid, tmp_path / "copy.bin", sources=[b.peer_id]))
-                while relay.relay_server.circuits.carried_bytes < 4_000_000:
+                while pair.relay.relay_server.circuits.carried_bytes < 4_000_000:
                     await trio.lowlevel.checkpoint()
                 for node in (a, b):
-                    nursery.start_soon(node.punch.run)
+                    pair.nursery.start_soon(node.punch.run)
                 assert await until_direct(a, b) == "tcp"
             digests = [hashlib.sha256(path.read_bytes()).digest() for path in (source, tmp_path / "copy.bin")]
             assert digests[0] == digests[1]
-            nursery.cancel_scope.cancel()
 
     run(main)
 
@@ -283,15 +242,10 @@ def test_a_partner_that_tries_again_is_answered_at_once(run) -> None:
     """It gives an attempt up some milliseconds before we do, as it waited for less of the exchange."""
 
     async def main() -> None:
-        async with (
-            relay_node(QUIC) as relay,
-            natted_node(relay, [QUIC]) as a,
-            natted_node(relay, [QUIC]) as b,
-            trio.open_nursery() as nursery,
-        ):
-            nursery.start_soon(a.punch.run)
-            await trio.testing.wait_all_tasks_blocked()
-            await a.host.connect(None, [circuit_to(b)])
+        async with natted_pair(QUIC) as pair:
+            a, b = pair.a, pair.b
+            await pair.start_punching(a)
+            await pair.connect()
             while not b.host.connections(a.peer_id):
                 await trio.lowlevel.checkpoint()
             (relayed,) = b.host.connections(a.peer_id)
@@ -303,7 +257,6 @@ def test_a_partner_that_tries_again_is_answered_at_once(run) -> None:
                 await stream.send_frame(exchange.poll_transmit() or b"")
                 await stream.aclose()
                 assert exchange.punch_at is not None
-            nursery.cancel_scope.cancel()
 
     run(main)
 
@@ -312,12 +265,8 @@ def test_a_new_relayed_connection_does_not_wait_for_what_was_tried_over_the_old_
     run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def main() -> None:
-        async with (
-            relay_node(QUIC) as relay,
-            natted_node(relay, [QUIC]) as a,
-            natted_node(relay, [QUIC]) as b,
-            trio.open_nursery() as nursery,
-        ):
+        async with natted_pair(QUIC) as pair:
+            a, b = pair.a, pair.b
             begun = trio.Event()
 
             async def hang(*_: object) -> None:
@@ -326,18 +275,15 @@ def test_a_new_relayed_connection_does_not_wait_for_what_was_tried_over_the_old_
 
             with monkeypatch.context() as patched:
                 patched.setattr(b.punch, "_initiate", hang)
-                nursery.start_soon(b.punch.run)
-                await trio.testing.wait_all_tasks_blocked()
-                first = await a.host.connect(None, [circuit_to(b)])
+                await pair.start_punching(b)
+                first = await pair.connect()
                 await begun.wait()
             await first.aclose()
             while b.host.connections(a.peer_id):
                 await trio.lowlevel.checkpoint()
-            nursery.start_soon(a.punch.run)
-            await trio.testing.wait_all_tasks_blocked()
-            await a.host.connect(None, [circuit_to(b)])
+            await pair.start_punching(a)
+            await pair.connect()
             assert await until_direct(b, a) == "quic"
-            nursery.cancel_scope.cancel()
 
     run(main)
 

@@ -19,7 +19,7 @@ from aioquic.quic.packet import QuicErrorCode
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from waiting import until
+from waiting import remains, until
 
 from lattica.errors import ConnectionLost, DialError, PathLost, StreamReset, WrongPeer
 from lattica.transports import quic_admission, quic_connection
@@ -39,6 +39,7 @@ CLIENT_KEY = PrivateKey.generate(b"c" * 32)
 SERVER_ID = PeerId.from_public_key(SERVER_KEY.public_key)
 CLIENT_ID = PeerId.from_public_key(CLIENT_KEY.public_key)
 LOOPBACK = "/ip4/127.0.0.1/udp/0/quic-v1"
+PACE = Pace(probe=0.1, dead=0.3, keep_alive=0.2)
 
 
 @dataclass
@@ -882,14 +883,12 @@ def test_black_hole(run: Run) -> None:
 
 
 def test_dead_path(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quic_connection, "PACE", Pace(probe=0.1, dead=0.3, keep_alive=0.2))
+    monkeypatch.setattr(quic_connection, "PACE", PACE)
 
     async def main() -> None:
         async with open_network() as (pair, network):
             ours, theirs = await pair.connect(network.addr)
-            await trio.sleep(0.6)  # idle for longer than a dead path is tolerated
-            assert not ours.closed.is_set()
-            assert not theirs.closed.is_set()
+            await remains(lambda: not ours.closed.is_set() and not theirs.closed.is_set(), 2 * PACE.dead)  # idle
             network.loss = 1.0
             await ours.closed.wait()
             await theirs.closed.wait()

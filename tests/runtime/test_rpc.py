@@ -387,6 +387,8 @@ def test_client_stream(with_pair: Any) -> None:
         async with pair.rpc.open_call(pair.peer, "test.total", 1000, receives=False) as call:
             for i in range(200):
                 await call.send(i)
+            with pytest.raises(InvalidArgument, match=r"an item of test\.total: a builtins\.set cannot be sent"):
+                await call.send({1})
             assert await call.result() == 1000 + sum(range(200))
 
     with_pair(test)

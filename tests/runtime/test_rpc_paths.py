@@ -229,7 +229,7 @@ def test_a_move_that_failed_is_tried_again(run_mocked: Run, news: bool) -> None:
                 raise ConnectionLost("no streams now")
 
             direct.open_stream = refuse  # type: ignore[method-assign]
-            await trio.sleep(300)
+            await elapse(300)
             assert channel.stream.connection.path == "relay"
             gaps = [later - before for before, later in itertools.pairwise(refused)]
             assert gaps[0] < 1.5
@@ -238,7 +238,7 @@ def test_a_move_that_failed_is_tried_again(run_mocked: Run, news: bool) -> None:
             works.set()
             if news:
                 pair.a.network_changed()
-            await trio.sleep(2.5 if news else 76)
+            await elapse(2.5 if news else 76)
             assert channel.stream.connection.path == "memory"
             await pair.call("echo", 2)
 

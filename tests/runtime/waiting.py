@@ -1,7 +1,7 @@
-"""How tests wait: for a condition where there is no event to wait for, and for time on the mock clock.
+"""How tests wait: for a condition where there is no event to wait for, for a condition to last, and on the mock clock.
 
-Nothing else in `tests/` sleeps to let something happen. What does sleep there is a pace (an attacker's, a load's) or
-the length of a measurement.
+Nothing else in `tests/` sleeps to let something happen. What does sleep there has a name: the pace of an attacker or a
+load, or the length of a measurement (`tests/arch/test_sleeps.py`).
 """
 
 from __future__ import annotations
@@ -43,6 +43,28 @@ async def until(
         assert trio.current_time() - started < seconds, f"not within {seconds} s\n{log()}"
         await trio.sleep(poll)
     return trio.current_time() - started
+
+
+def stays(
+    condition: Callable[[], object],
+    seconds: float,
+    log: Callable[[], str] = lambda: "",
+    *,
+    poll: float = POLL_SECONDS,
+) -> None:
+    """`condition()` holds for `seconds`, in another process: that nothing happens is no event to wait for."""
+    end = time.monotonic() + seconds
+    while (now := time.monotonic()) < end:
+        assert condition(), f"no more after {seconds - (end - now):.2f} s\n{log()}"
+        time.sleep(poll)
+
+
+async def remains(condition: Callable[[], object], seconds: float, *, poll: float = POLL_SECONDS) -> None:
+    """The same while the test's own tasks go on."""
+    end = trio.current_time() + seconds
+    while (now := trio.current_time()) < end:
+        assert condition(), f"no more after {seconds - (end - now):.2f} s"
+        await trio.sleep(poll)
 
 
 async def elapse(seconds: float) -> None:

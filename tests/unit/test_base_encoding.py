@@ -1,3 +1,5 @@
+"""Base 58, 32 and 64 as multiformats has them, by the vectors of their specifications."""
+
 from collections.abc import Callable
 
 import pytest

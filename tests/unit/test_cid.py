@@ -1,3 +1,5 @@
+"""Content ids and multihashes: both versions, known content, and what is refused."""
+
 import pytest
 
 from lattica_protocols.cid import BLOB_MANIFEST, DAG_PB, RAW, Cid, decode_cid_untrusted

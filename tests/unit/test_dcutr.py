@@ -1,3 +1,5 @@
+"""DCUtR without a network: the three messages, and to whom probes are sent and how many."""
+
 import ipaddress
 import random
 from pathlib import Path

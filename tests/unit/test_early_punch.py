@@ -1,3 +1,5 @@
+"""The head start of a punch: its messages, and when a dial can do without a punch."""
+
 from dataclasses import replace
 
 import pytest

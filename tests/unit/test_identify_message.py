@@ -1,3 +1,5 @@
+"""What a peer says about itself: in one message or several, and what is left out or refused of it."""
+
 from dataclasses import replace
 
 import pytest

@@ -1,3 +1,5 @@
+"""The file with the private key: made once, for its user alone, and refused when it is damaged."""
+
 import os
 import stat
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""Keys, signatures and peer ids, by the vectors of libp2p's specification."""
+
 import json
 from pathlib import Path
 

@@ -1,3 +1,5 @@
+"""Multiaddrs, by the vectors of other implementations."""
+
 import copy
 
 import pytest

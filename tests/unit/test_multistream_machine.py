@@ -1,3 +1,5 @@
+"""multistream-select: both machines with each other, and with peers that break the rules."""
+
 import pytest
 
 from lattica_protocols.errors import LocalProtocolError, RemoteProtocolError

@@ -1,3 +1,5 @@
+"""Signed envelopes (libp2p RFC 2) and the peer records in them (RFC 3)."""
+
 import pytest
 
 from lattica_protocols.envelope import SignedEnvelope

@@ -1,3 +1,5 @@
+"""The wire format of Protocol Buffers, by its published examples."""
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 

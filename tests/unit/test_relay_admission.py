@@ -1,3 +1,5 @@
+"""Who gets a reservation or a circuit at a relay, and when there is no more room."""
+
 import ipaddress
 
 from lattica_protocols.limits import RELAY_REQUEST_BURST, RELAY_REQUESTS_PER_SECOND

@@ -1,3 +1,5 @@
+"""Messages and vouchers of circuit relay v2, by the bytes of its specification."""
+
 import pytest
 
 from lattica_protocols.envelope import SignedEnvelope

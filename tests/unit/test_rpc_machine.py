@@ -355,8 +355,10 @@ def test_our_own_limits_are_errors_of_ours() -> None:
         a.machine.open_call("a.b", b"\x90", [bytes(1001)])
     with pytest.raises(LocalProtocolError, match="head"):
         a.machine.open_call("a.b", bytes(65_530))
-    with pytest.raises(LocalProtocolError, match="length"):
+    with pytest.raises(LocalProtocolError, match="has 1 to 255 bytes, not 256"):
         a.machine.open_call("m" * 256, b"")
+    with pytest.raises(LocalProtocolError, match="a route has at most 255 bytes"):
+        a.machine.open_call("a.b", b"", route=bytes(256))
     assert a.machine.poll_transmit() == []
     assert a.machine.outbound_calls == 0
     request(a, b)

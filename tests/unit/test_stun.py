@@ -1,3 +1,5 @@
+"""STUN, by the vectors of RFC 5769: messages, the server that answers strangers, and the client."""
+
 import json
 import random
 from hashlib import md5

@@ -1,3 +1,5 @@
+"""Certificates of libp2p's TLS, by the vectors of its specification."""
+
 import datetime
 import json
 from pathlib import Path

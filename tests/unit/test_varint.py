@@ -1,3 +1,5 @@
+"""Unsigned varints, by the vectors of multiformats."""
+
 import pytest
 
 from lattica_protocols.errors import LocalProtocolError, RemoteProtocolError

@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from lattica.replica import Space
     from lattica_daemon.daemon import Daemon
 
-VERIFY_IN_THREAD_OVER = 500
-"""Operations; fewer are verified at once."""
-
 
 class SpaceControl:
     """Methods about spaces. `space` is an id, or a name when only one space has it."""

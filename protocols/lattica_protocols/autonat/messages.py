@@ -63,12 +63,16 @@ class DialStatus(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class DialRequest(Message):
+    """The first message of a client: the addresses to try, in the order of its wishes, and what to say there."""
+
     addrs: Sequence[bytes] = repeated(1, Kind.BYTES, max_count=limits.AUTONAT_MAX_ADDRS)
     nonce: int | None = optional(2, Kind.FIXED64)
 
 
 @dataclass(frozen=True, slots=True)
 class DialResponse(Message):
+    """The last one of a server. `addr_index` and `dial_status` mean something when the status is OK."""
+
     status: int | None = optional(1, Kind.ENUM)
     addr_index: int | None = optional(2, Kind.UINT)
     dial_status: int | None = optional(3, Kind.ENUM)
@@ -76,12 +80,16 @@ class DialResponse(Message):
 
 @dataclass(frozen=True, slots=True)
 class DialDataRequest(Message):
+    """What a dial to `addrs[addr_index]` costs the client, in bytes."""
+
     addr_index: int | None = optional(1, Kind.UINT)
     num_bytes: int | None = optional(2, Kind.UINT)
 
 
 @dataclass(frozen=True, slots=True)
 class DialDataResponse(Message):
+    """A part of it; what is in the bytes does not matter."""
+
     data: bytes | None = optional(1, Kind.BYTES, max_bytes=limits.AUTONAT_MAX_DATA_BYTES)
 
 
@@ -97,21 +105,29 @@ class AutonatMessage(Message):
 
 @dataclass(frozen=True, slots=True)
 class DialBack(Message):
+    """The proof: what only the client and the server know arrived at the address."""
+
     nonce: int | None = optional(1, Kind.FIXED64)
 
 
 @dataclass(frozen=True, slots=True)
 class DialBackResponse(Message):
+    """The client has it; 0 is the only status."""
+
     status: int | None = optional(1, Kind.ENUM)
 
 
 # -- version 1 ---------------------------------------------------------------------------------------------------
 class V1Type(enum.IntEnum):
+    """What a message of version 1 is."""
+
     DIAL = 0
     DIAL_RESPONSE = 1
 
 
 class V1Status(enum.IntEnum):
+    """What became of a request of version 1."""
+
     OK = 0
     DIAL_ERROR = 100
     DIAL_REFUSED = 101
@@ -121,17 +137,23 @@ class V1Status(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class V1Peer(Message):
+    """The client and its addresses."""
+
     id: bytes | None = optional(1, Kind.BYTES, max_bytes=limits.MAX_PUBLIC_KEY_BYTES)
     addrs: Sequence[bytes] = repeated(2, Kind.BYTES, max_count=limits.AUTONAT_MAX_ADDRS)
 
 
 @dataclass(frozen=True, slots=True)
 class V1Dial(Message):
+    """A request."""
+
     peer: V1Peer | None = optional(1, V1Peer)
 
 
 @dataclass(frozen=True, slots=True)
 class V1Response(Message):
+    """An answer; `addr` is the address that was reached."""
+
     status: int | None = optional(1, Kind.ENUM)
     text: str | None = optional(2, Kind.STRING, max_bytes=limits.MAX_IDENTIFY_TEXT_BYTES)
     addr: bytes | None = optional(3, Kind.BYTES)
@@ -139,6 +161,8 @@ class V1Response(Message):
 
 @dataclass(frozen=True, slots=True)
 class V1Message(Message):
+    """Either of them, by `type`."""
+
     type: int | None = optional(1, Kind.ENUM)
     dial: V1Dial | None = optional(2, V1Dial)
     response: V1Response | None = optional(3, V1Response)

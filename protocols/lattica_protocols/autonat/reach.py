@@ -59,6 +59,8 @@ class Outcome(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Question:
+    """`server` is to be asked about `addr`; its answer counts for its address range, `voice`."""
+
     addr: Multiaddr
     server: PeerId
     voice: IpNetwork

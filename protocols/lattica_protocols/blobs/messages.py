@@ -43,6 +43,8 @@ _RANGE = struct.Struct(">II")
 
 
 class Kind(IntEnum):
+    """See the table at the top; from 0x81 on they are the server's."""
+
     WANT = 0x01
     OBJECT = 0x02
     CHUNKS = 0x03

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import bisect
 import enum
-import heapq
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -329,9 +328,3 @@ class ValueLookup(Lookup):
             return []
         have = {replica.peer for replica in self._replicas if replica.value == self.best}
         return [peer for peer in self.result() if peer not in have]
-
-
-def closest_of(key: bytes, peers: Iterable[PeerId], count: int) -> list[PeerId]:
-    """The `count` of `peers` closest to `key`, closest first."""
-    target = Place(key)
-    return heapq.nsmallest(count, peers, key=lambda peer: target.distance_to(PeerPlace(peer)))

@@ -63,12 +63,16 @@ class ValueRecord:
 
 @dataclass(frozen=True, slots=True)
 class ProviderDropped:
+    """`provider` is no longer remembered for `key`."""
+
     key: bytes
     provider: PeerId
 
 
 @dataclass(frozen=True, slots=True)
 class ValueDropped:
+    """The value of `key` is gone."""
+
     key: bytes
 
 

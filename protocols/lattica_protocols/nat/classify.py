@@ -45,6 +45,8 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class MappingVerdict:
+    """How a NAT chooses the public address of a socket (RFC 4787, section 4.1)."""
+
     mapping: Mapping
     mapped: SocketAddr | None
     """The address that everybody sees, when there is one."""

@@ -48,6 +48,8 @@ MAX_ROUND_TRIP: Final = 5.0
 
 
 class GuessType(enum.IntEnum):
+    """OFFER from each side, then GO from the initiator; REFUSED instead of either."""
+
     OFFER = 1
     GO = 2
     REFUSED = 3
@@ -59,6 +61,8 @@ _NUMBERS: Final = {technique: number for number, technique in TECHNIQUES.items()
 
 @dataclass(frozen=True, slots=True)
 class GuessMessage(Message):
+    """Any of them; which fields belong to which stands at the top."""
+
     type: int | None = optional(1, Kind.ENUM)
     key: bytes | None = optional(2, Kind.BYTES, max_bytes=HALF_KEY_BYTES)
     nat: NatReport | None = optional(3, NatReport, max_bytes=limits.NAT_MAX_REPORT_BYTES)

@@ -41,6 +41,8 @@ _EIM = (Mapping.NONE, Mapping.ENDPOINT_INDEPENDENT)
 
 
 class Technique(Enum):
+    """How a punch looks for the ports; see the top of the file."""
+
     SIMPLE = "simple"
     PREDICT = "predict"
     BIRTHDAY = "birthday"

@@ -41,6 +41,8 @@ _PORTS: Final = (Ports.UNKNOWN, Ports.PRESERVED, Ports.SEQUENTIAL, Ports.RANDOM,
 
 @dataclass(frozen=True, slots=True)
 class NatReport(Message):
+    """A `NatBehaviour` in numbers: an enum is its place in the tables above."""
+
     mapping: int | None = optional(1, Kind.ENUM)
     filtering: int | None = optional(2, Kind.ENUM)
     ports: int | None = optional(3, Kind.ENUM)

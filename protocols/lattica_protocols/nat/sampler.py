@@ -34,6 +34,8 @@ _ATTEMPTS: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
+    """What the samples say, when they are over."""
+
     seen: tuple[SocketAddr, ...]
     """Where observers see socket 0, the most often named address first."""
     allocation: Allocation

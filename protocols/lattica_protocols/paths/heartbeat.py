@@ -44,6 +44,8 @@ USUAL: Final = Pace()
 
 
 class Verdict(enum.Enum):
+    """What `check` wants done."""
+
     NOTHING = "nothing to do"
     PROBE = "ask the peer for a sign of life"
     DEAD = "the path is dead"

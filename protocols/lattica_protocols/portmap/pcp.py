@@ -34,6 +34,8 @@ _TRANSPORTS: Final = {number: name for name, number in _NUMBERS.items()}
 
 
 class Opcode(IntEnum):
+    """RFC 6887, section 19.1."""
+
     ANNOUNCE = 0
     MAP = 1
 

@@ -40,12 +40,16 @@ STOP_PROTOCOL: Final = "/libp2p/circuit/relay/0.2.0/stop"
 
 
 class HopType(enum.IntEnum):
+    """Between a peer and a relay."""
+
     RESERVE = 0
     CONNECT = 1
     STATUS = 2
 
 
 class StopType(enum.IntEnum):
+    """Between a relay and the target of a circuit."""
+
     CONNECT = 0
     STATUS = 1
 
@@ -115,6 +119,8 @@ class Limit(Message):
 
 @dataclass(frozen=True, slots=True)
 class HopMessage(Message):
+    """One of the three, by `type`."""
+
     type: int | None = optional(1, Kind.ENUM)
     peer: RelayPeer | None = optional(2, RelayPeer)
     reservation: Reservation | None = optional(3, Reservation)
@@ -124,6 +130,8 @@ class HopMessage(Message):
 
 @dataclass(frozen=True, slots=True)
 class StopMessage(Message):
+    """One of the two, by `type`."""
+
     type: int | None = optional(1, Kind.ENUM)
     peer: RelayPeer | None = optional(2, RelayPeer)
     limit: Limit | None = optional(3, Limit)

@@ -31,6 +31,8 @@ class _VoucherMessage(Message):
 
 @dataclass(frozen=True, slots=True)
 class Voucher:
+    """`relay` takes circuits to `peer` until then."""
+
     relay: PeerId
     peer: PeerId
     expiration: int

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
+from typing import Protocol
 
 from lattica_protocols.rpc.flow import Flow
 from lattica_protocols.rpc.frames import CLIENT_STREAM, SERVER_STREAM, Buffer
 
 BOTH_STREAMS = CLIENT_STREAM | SERVER_STREAM
+
+
+class CallOwner(Protocol):
+    """Takes the events of one call. Must neither wait nor raise."""
+
+    def on_frame(self, kind: int, call: Call, head: bytes, tail: Buffer) -> None: ...
 
 
 class Waiting:
@@ -53,8 +59,8 @@ class Call:
         """The runtime knows of the call (a REQUEST that waits for its tail is not announced yet)."""
         self.relayed = False
         """Frames of this call are passed on by a forwarder; see the module docstring of `connection`."""
-        self.owner: Any = None
-        """The runtime's own: who gets the events of this call."""
+        self.owner: CallOwner | None = None
+        """Who gets the events of this call; `None`: nobody any more."""
         self.held = 0
         """Bytes of messages that count against `RPC_MAX_HELD`."""
         self.waiting: deque[Waiting] | None = None

@@ -49,14 +49,12 @@ from lattica_protocols.limits import (
     RPC_MAX_CALLS,
     RPC_MAX_HEAD,
     RPC_MAX_HELD,
-    RPC_MAX_METHOD,
     RPC_MAX_PING,
-    RPC_MAX_ROUTE,
     RPC_MAX_TAIL,
     RPC_OBJECT_WEIGHT,
 )
-from lattica_protocols.rpc.calls import BOTH_STREAMS, Call, Waiting
-from lattica_protocols.rpc.deadlines import Deadlines
+from lattica_protocols.rpc.calls import BOTH_STREAMS, Call, CallOwner, Waiting
+from lattica_protocols.rpc.deadlines import Deadlines, milliseconds_left
 from lattica_protocols.rpc.flow import Flow
 from lattica_protocols.rpc.frames import (
     ACK,
@@ -78,8 +76,6 @@ from lattica_protocols.rpc.frames import (
     KEYWORDS,
     PING,
     REQUEST,
-    REQUEST_FRAME,
-    REQUEST_PRELUDE,
     RESOURCE_EXHAUSTED,
     RESPONSE,
     RESUME,
@@ -91,6 +87,8 @@ from lattica_protocols.rpc.frames import (
     decode_request_head_untrusted,
     encode_error_head,
     encode_hello,
+    encode_request,
+    encode_request_head,
 )
 from lattica_protocols.rpc.inbox import FrameReader
 from lattica_protocols.rpc.outbox import Outbox
@@ -103,8 +101,6 @@ Event: TypeAlias = tuple[int, Call, bytes, Buffer]
 _MESSAGES = (RESPONSE, ITEM)
 _CONTROLS = (END, ERROR, CANCEL, CREDIT)
 _ENDINGS = (RESPONSE, ERROR)
-_MAX_DEADLINE_MS = 0xFFFFFFFF
-"""49 days. More, and infinity, are sent as this."""
 _MISPLACED = {HELLO: "a second HELLO", BULK: "BULK on a control stream", RESUME: "RESUME within a control stream"}
 
 
@@ -123,13 +119,6 @@ class RpcLimits:
 
 
 DEFAULT_LIMITS = RpcLimits()
-
-
-def _bounded_deadline_ms(left: float) -> int:
-    """Milliseconds on the wire for a deadline that has passed, is closer than one, or too far to be written."""
-    if left != left:
-        raise LocalProtocolError("a deadline that is not a number")
-    return 1 if left < 1 else _MAX_DEADLINE_MS
 
 
 class RpcConnection:
@@ -300,7 +289,7 @@ class RpcConnection:
         deadline: float | None = None,
         now: float = 0.0,
         route: bytes = b"",
-        owner: object = None,
+        owner: CallOwner | None = None,
     ) -> Call:
         """Send a REQUEST. `args` and `tails` come from `tensors.encode_args`; buffers are kept until they are
         sent.
@@ -316,26 +305,11 @@ class RpcConnection:
             name = method.encode()
         except UnicodeEncodeError:
             raise LocalProtocolError(f"{method!r} is no name for a method: it is not UTF-8") from None
-        if not 0 < len(name) <= RPC_MAX_METHOD or len(route) > RPC_MAX_ROUTE:
-            raise LocalProtocolError(f"method or route has a wrong length: {method!r}")
-        deadline_ms = 0
-        if deadline is not None:
-            left = (deadline - now) * 1000
-            deadline_ms = int(left) if 1 <= left < _MAX_DEADLINE_MS else _bounded_deadline_ms(left)
-        head_length = 6 + len(route) + len(name) + len(args)
+        deadline_ms = 0 if deadline is None else milliseconds_left(deadline, now)
         if tails:
-            self.outbox.add(REQUEST, flags, call_id, b"".join((
-                REQUEST_PRELUDE.pack(deadline_ms, len(route), len(name)), route, name, args,
-            )), tails)  # fmt: skip
-        elif head_length > RPC_MAX_HEAD:
-            raise LocalProtocolError(f"arguments of {len(args)} bytes do not fit into a head")
+            self.outbox.add(REQUEST, flags, call_id, encode_request_head(name, args, deadline_ms, route), tails)
         else:
-            self.outbox.add_encoded(b"".join((
-                REQUEST_FRAME.pack(
-                    head_length, REQUEST, flags, head_length, call_id, deadline_ms, len(route), len(name)
-                ),
-                route, name, args,
-            )))  # fmt: skip
+            self.outbox.add_encoded(encode_request(flags, call_id, name, args, deadline_ms, route))
         self._next_id = (call_id + 2) & 0xFFFFFFFF
         call = Call(call_id, True, flags, method, route, deadline)
         call.owner = owner
@@ -419,7 +393,7 @@ class RpcConnection:
         *,
         route: bytes = b"",
         now: float,
-        owner: object = None,
+        owner: CallOwner | None = None,
     ) -> Call:
         """Open on this connection the second half of a call that came in on another one. Both are relayed
         from now on.

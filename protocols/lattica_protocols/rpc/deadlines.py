@@ -10,9 +10,25 @@ from __future__ import annotations
 from heapq import heapify, heappop, heappush
 from typing import Final
 
+from lattica_protocols.errors import LocalProtocolError
 from lattica_protocols.rpc.calls import Call
 
 _SWEEP_FROM: Final = 256
+_MAX_MILLISECONDS: Final = 0xFFFFFFFF
+"""49 days. More, and infinity, are sent as this."""
+
+
+def milliseconds_left(deadline: float, now: float) -> int:
+    """A deadline as a REQUEST has it, at least 1: one that has passed ends the call on the other side, too.
+
+    Raises `LocalProtocolError` when it is not a number.
+    """
+    left = (deadline - now) * 1000
+    if 1 <= left < _MAX_MILLISECONDS:
+        return int(left)
+    if left != left:
+        raise LocalProtocolError("a deadline that is not a number")
+    return 1 if left < 1 else _MAX_MILLISECONDS
 
 
 class Deadlines:

@@ -30,6 +30,7 @@ from lattica_protocols.limits import (
     RPC_INITIAL_CALLS,
     RPC_MAX_ERROR_KIND,
     RPC_MAX_ERROR_MESSAGE,
+    RPC_MAX_HEAD,
     RPC_MAX_METHOD,
     RPC_MAX_ROUTE,
     RPC_MAX_TAIL,
@@ -105,11 +106,26 @@ def encode_bulk_header(tail_id: int, tail_length: int) -> bytes:
 # -- request ---------------------------------------------------------------------------------------
 def encode_request_head(method: bytes, args: bytes, deadline_ms: int, route: bytes = b"") -> bytes:
     """The head of a REQUEST. Raises `LocalProtocolError` when method or route have a wrong length."""
-    if not 0 < len(method) <= RPC_MAX_METHOD:
-        raise LocalProtocolError(f"a method name has 1 to {RPC_MAX_METHOD} bytes, not {len(method)}")
-    if len(route) > RPC_MAX_ROUTE:
-        raise LocalProtocolError(f"a route has at most {RPC_MAX_ROUTE} bytes, not {len(route)}")
+    if not 0 < len(method) <= RPC_MAX_METHOD or len(route) > RPC_MAX_ROUTE:
+        raise _wrong_length(method, route)
     return REQUEST_PRELUDE.pack(deadline_ms, len(route), len(method)) + route + method + args
+
+
+def encode_request(flags: int, call_id: int, method: bytes, args: bytes, deadline_ms: int, route: bytes = b"") -> bytes:
+    """A whole REQUEST without a tail. Errors as in `encode_request_head`, and when `args` do not fit into a head."""
+    if not 0 < len(method) <= RPC_MAX_METHOD or len(route) > RPC_MAX_ROUTE:
+        raise _wrong_length(method, route)
+    length = 6 + len(route) + len(method) + len(args)
+    if length > RPC_MAX_HEAD:
+        raise LocalProtocolError(f"arguments of {len(args)} bytes do not fit into a head")
+    prelude = REQUEST_FRAME.pack(length, REQUEST, flags, length, call_id, deadline_ms, len(route), len(method))
+    return b"".join((prelude, route, method, args))
+
+
+def _wrong_length(method: bytes, route: bytes) -> LocalProtocolError:
+    if len(route) > RPC_MAX_ROUTE:
+        return LocalProtocolError(f"a route has at most {RPC_MAX_ROUTE} bytes, not {len(route)}")
+    return LocalProtocolError(f"a method name has 1 to {RPC_MAX_METHOD} bytes, not {len(method)}")
 
 
 def decode_request_head_untrusted(head: bytes) -> tuple[int, bytes, bytes, bytes]:

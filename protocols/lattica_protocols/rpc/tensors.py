@@ -76,7 +76,7 @@ def encode_value(value: object) -> tuple[bytes, Sequence[Buffer]]:
         try:
             head = _pack_plain(value)
         except (TypeError, ValueError, OverflowError):
-            pass
+            pass  # the long way, which also says what cannot be sent
         else:
             if len(head) <= RPC_SPILL_OVER:
                 return head, _NO_TAIL
@@ -95,7 +95,7 @@ def encode_args(args: Sequence[object], kwargs: Mapping[str, object]) -> tuple[b
             try:
                 head = _pack_plain(values)
             except (TypeError, ValueError, OverflowError):
-                pass
+                pass  # likewise
             else:
                 if len(head) <= RPC_SPILL_OVER:
                     return head, _NO_TAIL, flags

@@ -1,5 +1,4 @@
-// A js-libp2p peer that obeys JSON lines: {"do": name, "args": [...]} in, {"ok": ...} or {"error": ...} out.
-import { createInterface } from 'node:readline'
+// A peer of js-libp2p, with the commands below.
 import { noise } from '@chainsafe/libp2p-noise'
 import { quic } from '@chainsafe/libp2p-quic'
 import { yamux } from '@chainsafe/libp2p-yamux'
@@ -13,6 +12,7 @@ import { tcp } from '@libp2p/tcp'
 import { multiaddr } from '@multiformats/multiaddr'
 import { createLibp2p } from 'libp2p'
 import { CID } from 'multiformats/cid'
+import { obey } from './obey.mjs'
 
 const settings = JSON.parse(process.argv[2]) ?? {}
 const transports = { tcp: tcp(), quic: quic(), relay: circuitRelayTransport() }
@@ -85,14 +85,4 @@ const commands = {
   }
 }
 
-const say = (value) => process.stdout.write(JSON.stringify(value) + '\n')
-say({ peer_id: node.peerId.toString(), addrs: node.getMultiaddrs().map(String) })
-for await (const line of createInterface({ input: process.stdin })) {
-  const command = JSON.parse(line)
-  try {
-    say({ ok: await commands[command.do](...command.args) ?? null })
-  } catch (error) {
-    say({ error: `${error.name}: ${error.message}` })
-  }
-}
-process.exit(0)
+await obey(node, commands)

@@ -1,11 +1,11 @@
-// A peer of an older js-libp2p (0.46 to 2.x) that obeys JSON lines, with the same commands as go_library_worker.py.
-import { createInterface } from 'node:readline'
+// A peer of an older js-libp2p (0.46 to 2.x) with the same commands as go_library_worker.py.
 import { noise } from '@chainsafe/libp2p-noise'
 import { yamux } from '@chainsafe/libp2p-yamux'
 import { mplex } from '@libp2p/mplex'
 import { tcp } from '@libp2p/tcp'
 import { multiaddr } from '@multiformats/multiaddr'
 import { createLibp2p } from 'libp2p'
+import { obey } from './obey.mjs'
 
 const settings = JSON.parse(process.argv[2]) ?? {}
 
@@ -69,14 +69,4 @@ const commands = {
   }
 }
 
-const say = (value) => process.stdout.write(JSON.stringify(value) + '\n')
-say({ peer_id: node.peerId.toString(), addrs: node.getMultiaddrs().map(String) })
-for await (const line of createInterface({ input: process.stdin })) {
-  const command = JSON.parse(line)
-  try {
-    say({ ok: await commands[command.do](...command.args) ?? null })
-  } catch (error) {
-    say({ error: `${error.name}: ${error.message}` })
-  }
-}
-process.exit(0)
+await obey(node, commands)
