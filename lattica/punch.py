@@ -138,8 +138,9 @@ class HolePuncher:
         self._direct: dict[PeerId, trio.Event] = {}
         self._upgrading: dict[PeerId, Connection] = {}
         """The relayed connections that are to be left."""
-        self._resting: dict[PeerId, tuple[Retry, frozenset[Multiaddr]]] = {}
-        """Until the next round, and where the peer was said to be in the last one."""
+        self._resting: dict[Connection, tuple[Retry, frozenset[Multiaddr]]] = {}
+        """Until the next round, and where the peer was said to be in the last one. By relayed connection: a peer that
+        comes back has another one before the rounds for the former have ended."""
         self._answering: dict[PeerId, trio.CancelScope] = {}
         self._answered: OrderedDict[PeerId, list[float]] = OrderedDict()
         self._expected: dict[bytes, Callable[[Address], None]] = {}
@@ -222,7 +223,7 @@ class HolePuncher:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(_cancel_when, relayed.closed.wait, nursery)
                     nursery.start_soon(_cancel_when, partial(self._until_direct, peer), nursery)
-                    await self._rest(peer, retry)
+                    await self._rest(relayed, retry)
                     nursery.cancel_scope.cancel()
                 if self._is_direct(peer):
                     return
@@ -230,17 +231,18 @@ class HolePuncher:
             if self._upgrading.get(peer) is relayed:
                 del self._upgrading[peer]
 
-    async def _rest(self, peer: PeerId, retry: Retry) -> None:
+    async def _rest(self, relayed: Connection, retry: Retry) -> None:
         """Until the next round: sooner when either side's network changes."""
-        self._resting[peer] = retry, frozenset(self._host.peerstore.addrs(peer))
+        self._resting[relayed] = retry, frozenset(self._host.peerstore.addrs(relayed.peer_id))
         try:
             await retry.rest()
         finally:
-            del self._resting[peer]
+            del self._resting[relayed]
 
     def _heard_news(self, event: PeerIdentified | NetworkChanged) -> None:
         """Of our own network, or by identify of the partner's."""
-        for peer, (retry, known) in self._resting.items():
+        for relayed, (retry, known) in self._resting.items():
+            peer = relayed.peer_id
             if isinstance(event, PeerIdentified) and (
                 event.peer != peer or known.issuperset(self._host.peerstore.addrs(peer))
             ):
