@@ -110,6 +110,57 @@ def test_a_peer_comes_back_before_the_search_for_its_former_connection_has_ended
     run(main)
 
 
+@pytest.mark.parametrize("again", ["relayed", "direct"])
+def test_a_connection_made_anew_begins_the_report_anew(run: Any, monkeypatch: pytest.MonkeyPatch, again: str) -> None:
+    """What a former one tried, and the time since then, is not its own; what the peer claimed stays."""
+    monkeypatch.setattr(punch, "PUNCH_PAUSES", PAUSES)
+    claim = "/ip4/192.0.2.1/udp/4101/quic-v1"
+
+    async def main() -> None:
+        async with (
+            relay_node(QUIC) as relay,
+            natted_node(relay, [QUIC]) as a,
+            natted_node(relay, [QUIC]) as b,
+            trio.open_nursery() as nursery,
+        ):
+            known, b.punch.candidates = b.punch.candidates, lambda: []  # type: ignore[method-assign]
+            for node in (a, b):
+                nursery.start_soon(node.punch.run)
+            await trio.testing.wait_all_tasks_blocked()
+            relayed = await a.host.connect(None, [circuit_to(b)])
+            await resting(a, b)
+            for node, other in ((a, b), (b, a)):
+                former = node.punch.reports[other.peer_id]
+                former.started -= 100
+                former.attempts = 7
+                former.errors, former.tried, former.unproven = ["of the former"], ["of the former"], [claim]
+            await leave(relayed, a, b)
+            addr = circuit_to(b) if again == "relayed" else b.host.listen_addrs()[0]
+            await a.host.dial(b.peer_id, [addr])
+            if again == "relayed":
+                await resting(a, b)
+                for node, other in ((a, b), (b, a)):
+                    report = node.punch.reports[other.peer_id]
+                    assert (report.attempts, report.tried, report.unproven) == (0, [], [claim])
+                    assert "of the former" not in report.errors
+                b.punch.candidates = known  # type: ignore[method-assign]
+                b.host.network_changed()
+            for node, other in ((a, b), (b, a)):
+                await until_direct(node, other)
+                while not node.punch.reports[other.peer_id].result:
+                    await trio.lowlevel.checkpoint()
+                report = node.punch.reports[other.peer_id]
+                assert report.result == "quic"
+                if again == "relayed":
+                    assert report.seconds is not None
+                    assert report.seconds < 50
+                else:
+                    assert (report.seconds, report.technique, report.unproven) == (None, "dial", [claim])
+            nursery.cancel_scope.cancel()
+
+    run(main)
+
+
 def test_a_direct_path_that_is_lost_beside_a_relayed_one_is_looked_for_again(run: Any) -> None:
     async def main() -> None:
         async with (
