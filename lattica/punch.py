@@ -29,7 +29,6 @@ import random
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -41,6 +40,7 @@ from lattica.host import NetworkChanged, PeerConnected, PeerDisconnected, PeerId
 from lattica.listen_addrs import interface_networks
 from lattica.nat.guesser import Guess, PortGuesser
 from lattica.negotiate import LazyStream
+from lattica.punch_report import MAX_REPORTS, PunchReport, PunchReports
 from lattica.retry import Retry
 from lattica_protocols import dcutr
 from lattica_protocols.dcutr import PROTOCOL_ID, PunchBudget, PunchExchange, Target, choose_targets, is_local
@@ -59,7 +59,6 @@ if TYPE_CHECKING:
     from lattica.transports.quic_engine import Address
     from lattica.transports.tcp import TcpTransport
     from lattica_protocols.multiaddr import Multiaddr
-    from lattica_protocols.nat.behaviour import NatBehaviour
     from lattica_protocols.peer_id import PeerId
 
 log = logging.getLogger("lattica.punch")
@@ -81,30 +80,6 @@ RELAYED_LINGER: Final = 10.0
 """Seconds after which an unused relayed connection is closed when a direct one is up."""
 MAX_CANDIDATES: Final = 16
 """Addresses of ours that we name; a partner of ours tries six."""
-MAX_REPORTS: Final = 256
-
-
-@dataclass
-class PunchReport:
-    """What was tried with one peer, and how it ended: `doctor` tells it."""
-
-    peer: PeerId
-    started: float
-    attempts: int = 0
-    tried: list[str] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)
-    unproven: list[str] = field(default_factory=list)
-    """Addresses that the peer named in the newest attempt, and at which nobody sees it."""
-    guesses: list[Guess] = field(default_factory=list)
-    """Attempts for which ports were guessed, the newest last."""
-    partner: NatBehaviour | None = None
-    """What the partner said that its NATs do."""
-    technique: str = ""
-    """What the direct connection came of: "dial", or that of a punch."""
-    result: str = ""
-    """The path of the direct connection, empty while there is none."""
-    seconds: float | None = None
-    """From the relayed connection to the direct one."""
 
 
 class HolePuncher:
@@ -119,7 +94,7 @@ class HolePuncher:
         quic: QuicTransport | None = None,
         opening_hops: Callable[[], int] = lambda: OPENING_HOPS,
     ) -> None:
-        self.reports: OrderedDict[PeerId, PunchReport] = OrderedDict()
+        self.reports = PunchReports()
         self.more_candidates: Callable[[], Sequence[Multiaddr]] = lambda: ()
         """Further addresses of ours, most promising first: mapped ports, and what STUN servers see."""
         self.refresh: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
@@ -138,8 +113,9 @@ class HolePuncher:
         self._direct: dict[PeerId, trio.Event] = {}
         self._upgrading: dict[PeerId, Connection] = {}
         """The relayed connections that are to be left."""
-        self._resting: dict[PeerId, tuple[Retry, frozenset[Multiaddr]]] = {}
-        """Until the next round, and where the peer was said to be in the last one."""
+        self._resting: dict[Connection, tuple[Retry, frozenset[Multiaddr]]] = {}
+        """Until the next round, and where the peer was said to be in the last one. By relayed connection: a peer that
+        comes back has another one before the rounds for the former have ended."""
         self._answering: dict[PeerId, trio.CancelScope] = {}
         self._answered: OrderedDict[PeerId, list[float]] = OrderedDict()
         self._expected: dict[bytes, Callable[[Address], None]] = {}
@@ -206,7 +182,7 @@ class HolePuncher:
         """Rounds of attempts until there is a direct connection, or the relayed one is gone."""
         peer = relayed.peer_id
         retry = Retry(PUNCH_PAUSES, self._rng)
-        report = self._report(peer)
+        report = self._report(relayed)
         first = True
         try:
             while not relayed.closed.is_set():
@@ -222,7 +198,7 @@ class HolePuncher:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(_cancel_when, relayed.closed.wait, nursery)
                     nursery.start_soon(_cancel_when, partial(self._until_direct, peer), nursery)
-                    await self._rest(peer, retry)
+                    await self._rest(relayed, retry)
                     nursery.cancel_scope.cancel()
                 if self._is_direct(peer):
                     return
@@ -230,17 +206,18 @@ class HolePuncher:
             if self._upgrading.get(peer) is relayed:
                 del self._upgrading[peer]
 
-    async def _rest(self, peer: PeerId, retry: Retry) -> None:
+    async def _rest(self, relayed: Connection, retry: Retry) -> None:
         """Until the next round: sooner when either side's network changes."""
-        self._resting[peer] = retry, frozenset(self._host.peerstore.addrs(peer))
+        self._resting[relayed] = retry, frozenset(self._host.peerstore.addrs(relayed.peer_id))
         try:
             await retry.rest()
         finally:
-            del self._resting[peer]
+            del self._resting[relayed]
 
     def _heard_news(self, event: PeerIdentified | NetworkChanged) -> None:
         """Of our own network, or by identify of the partner's."""
-        for peer, (retry, known) in self._resting.items():
+        for relayed, (retry, known) in self._resting.items():
+            peer = relayed.peer_id
             if isinstance(event, PeerIdentified) and (
                 event.peer != peer or known.issuperset(self._host.peerstore.addrs(peer))
             ):
@@ -249,12 +226,11 @@ class HolePuncher:
 
     def _tell_direct(self, connection: Connection) -> None:
         """Into the report: the first direct connection."""
-        peer, report = connection.peer_id, self.reports.get(connection.peer_id)
+        report = self.reports.get(connection.peer_id)
         if report is not None and not report.result:
-            report.result, report.seconds = connection.path, trio.current_time() - report.started
-            guessed = [g for g in report.guesses if g.found_remote == connection.remote_addr]
-            report.technique = guessed[-1].technique.value if guessed else "simple" if report.attempts else "dial"
-            log.info("relay_left peer=%s path=%s seconds=%.3f", peer.short(), report.result, report.seconds)
+            report.tell_direct(connection, trio.current_time())
+            took = "-" if report.seconds is None else f"{report.seconds:.3f}"
+            log.info("relay_left peer=%s path=%s seconds=%s", report.peer.short(), report.result, took)
 
     async def _dial_early(self, relayed: Connection, report: PunchReport) -> None:
         """Where the partner opened its NAT for us, before the punch is agreed on."""
@@ -281,7 +257,7 @@ class HolePuncher:
                     try:
                         await self._host.dial(peer, addrs)
                     except ConnectError as error:
-                        report.errors = [*report.errors[-7:], f"dial: {error}"]
+                        report.add_error(f"dial: {error}")
                 if self._host.peerstore.info(peer) is not None:
                     return
                 await trio.sleep(TCP_PAUSE)  # identify is on its way
@@ -299,7 +275,7 @@ class HolePuncher:
                     stream = LazyStream(await relayed.open_stream(), PROTOCOL_ID)
                     exchange, token = await self._exchange(stream, relayed, initiator=True, may_guess=not guessed)
             except (LatticaError, ProtocolError, trio.TooSlowError) as error:
-                report.errors = [*report.errors[-7:], f"exchange: {error}"]
+                report.add_error(f"exchange: {error}")
                 return
             assert exchange.punch_at is not None
             assert exchange.partner is not None
@@ -322,10 +298,10 @@ class HolePuncher:
         try:
             await self.guesser.attempt(relayed, hopeless_too=first_round)
         except (LatticaError, ProtocolError, trio.TooSlowError) as error:
-            report.errors = [*report.errors[-7:], f"guessing ports: {error}"]
+            report.add_error(f"guessing ports: {error}")
 
-    def _guessing(self, peer: PeerId, guess: Guess) -> None:
-        report = self.reports.get(peer) or self._report(peer)
+    def _guessing(self, relayed: Connection, guess: Guess) -> None:
+        report = self._report(relayed)
         report.guesses = [*report.guesses[-7:], guess]
         report.partner = guess.partner
 
@@ -346,13 +322,13 @@ class HolePuncher:
         with trio.CancelScope() as scope:
             self._answering[peer] = scope
             try:
-                report = self._report(peer)
+                report = self._report(relayed)
                 report.attempts += 1
                 try:
                     with trio.fail_after(EXCHANGE_SECONDS):
                         exchange, token = await self._exchange(stream, relayed, initiator=False)
                 except (LatticaError, ProtocolError, trio.TooSlowError) as error:
-                    report.errors = [*report.errors[-7:], f"exchange: {error}"]
+                    report.add_error(f"exchange: {error}")
                     raise
                 if not await self._punch(relayed, exchange, token, report):
                     await self.refresh()
@@ -404,7 +380,7 @@ class HolePuncher:
         foreign = (a for a in partner.addrs if a not in proven and (ip := a.ip()) is not None and not is_local(ip))
         report.unproven = [str(addr) for addr in foreign][:MAX_CANDIDATES]
         if not targets:
-            report.errors = [*report.errors[-7:], "the peer named no address that can be tried"]
+            report.add_error("the peer named no address that can be tried")
         log.debug("punch peer=%s client=%s targets=%s", peer.short(), is_client, " ".join(report.tried))
         with trio.move_on_after(PUNCH_SECONDS), self._expecting(targets if is_client else []):
             async with trio.open_nursery() as nursery:
@@ -456,7 +432,7 @@ class HolePuncher:
             try:
                 connection = await self._tcp.dial(target.addr, peer, bind_port=port, initiator=is_client)
             except ConnectError as error:
-                report.errors = [*report.errors[-7:], str(error)]
+                report.add_error(str(error))
                 await trio.sleep(TCP_PAUSE)
             else:
                 self._host.adopt(connection)
@@ -472,7 +448,7 @@ class HolePuncher:
         try:
             self._host.adopt(await self._quic.dial(addr, peer))
         except ConnectError as error:
-            report.errors = [*report.errors[-7:], str(error)]
+            report.add_error(str(error))
 
     async def _send_probes(self, target: Target, token: bytes | None) -> None:
         """Datagrams that open our NAT for the partner, and tell it where we are."""
@@ -605,14 +581,8 @@ class HolePuncher:
     def _relayed(self, peer: PeerId) -> list[Connection]:
         return [c for c in self._host.connections(peer) if c.path == "relay" and not c.closed.is_set()]
 
-    def _report(self, peer: PeerId) -> PunchReport:
-        report = self.reports.get(peer)
-        if report is None or report.result:
-            report = self.reports[peer] = PunchReport(peer, trio.current_time())
-        self.reports.move_to_end(peer)
-        while len(self.reports) > MAX_REPORTS:
-            self.reports.popitem(last=False)
-        return report
+    def _report(self, relayed: Connection) -> PunchReport:
+        return self.reports.of(relayed, trio.current_time(), is_direct=self._is_direct(relayed.peer_id))
 
 
 async def _cancel_when(happened: Callable[[], Awaitable[None]], nursery: trio.Nursery) -> None:

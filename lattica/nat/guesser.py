@@ -109,8 +109,8 @@ class PortGuesser:
         """`opening_hops`: how far a datagram has to go that opens our own NATs; 0: we have none. `hops_measured`: that
         it is known to suffice."""
         self.nat = nat
-        self.on_guess: Callable[[PeerId, Guess], None] = lambda peer, guess: None
-        """Told of each attempt that begins; the `Guess` is up to date when it has ended."""
+        self.on_guess: Callable[[Connection, Guess], None] = lambda relayed, guess: None
+        """Told of each attempt that begins over a relayed connection; the `Guess` is up to date when it has ended."""
         self._host = host
         self._circuits = circuits
         self._quic = quic
@@ -221,7 +221,7 @@ class PortGuesser:
         peer, started = relayed.peer_id, trio.current_time()
         guess = Guess(exchange.technique, exchange.opens and exchange.technique is Technique.BIRTHDAY)
         guess.partner = None if exchange.partner is None else exchange.partner.behaviour
-        self.on_guess(peer, guess)
+        self.on_guess(relayed, guess)
         plan = exchange.plan(
             self._proven(relayed),
             opener_ttl=self._opening_hops() or None,

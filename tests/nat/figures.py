@@ -157,6 +157,7 @@ class LabFigures:
 
     def _guessed(self, a: LabDaemon, b: LabDaemon, seconds: float) -> dict[str, Any] | None:
         """`a` connects with `b` over a relay: what they report once that is direct; `None`: it is not in time."""
+        started = time.monotonic()
         a.json("peer", "connect", relayed_addr(b) or b.address("udp"))
 
         def told() -> list[dict[str, Any]]:
@@ -170,6 +171,8 @@ class LabFigures:
         except AssertionError:
             return None
         first, second = told()
+        passed = time.monotonic() - started
+        assert max(first["seconds"], second["seconds"]) <= passed, f"in {passed:.2f} s: {first}, {second}"
         rates = [g["probes"] / g["seconds"] for peer in (first, second) for g in peer["guesses"] if g["direct"]]
         return {"seconds": max(first["seconds"], second["seconds"]), "rate": max(rates, default=0.0), "a": first}
 

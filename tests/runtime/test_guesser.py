@@ -69,7 +69,7 @@ async def connected_pair() -> AsyncIterator[tuple[Node, Node, list[Guess]]]:
         for node in (a, b):
             await node.discover_nat()
             guesser(node).start()
-            guesser(node).on_guess = lambda peer, guess: guesses.append(guess)
+            guesser(node).on_guess = lambda _, guess: guesses.append(guess)
         connection = await a.host.connect(None, [circuit_to(b)])
         assert connection.path == "relay"
         while not b.host.connections(a.peer_id):

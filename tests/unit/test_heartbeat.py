@@ -28,9 +28,12 @@ class Path:
         self.dead_at: float | None = None
         self.machine = Heartbeat(0.0, Pace(keep_alive=keep_alive))
         self.answers: list[float] = []
+        self.due = 0.0
+        """Until when a driver sleeps that nobody wakes."""
 
     def check(self) -> None:
         verdict = self.machine.check(self.now, heard_at=self.heard_at, wanted=self.wanted)
+        self.due = self.machine.next_timeout
         if verdict is Verdict.PROBE:
             self.probes.append(self.now)
             if self.alive:
@@ -39,8 +42,8 @@ class Path:
             self.dead_at = self.now
 
     def run(self, until: float, *, heard: Callable[[float], float] | None = None) -> None:
-        while self.dead_at is None and min(self.machine.next_timeout, *self.answers, until) < until:
-            self.now = max(self.now, min(self.machine.next_timeout, *self.answers, until))
+        while self.dead_at is None and min(self.due, *self.answers, until) < until:
+            self.now = max(self.now, min(self.due, *self.answers, until))
             if self.answers and self.now >= self.answers[0]:
                 self.heard_at = self.answers.pop(0)
             else:
@@ -67,6 +70,23 @@ def test_a_path_that_is_used_is_given_up_in_time(before: float, cut_after: float
     assert path.dead_at is not None
     assert path.dead_at <= max(heard, before, cut) + USUAL.dead + ROUND_TRIP + 1e-6
     assert path.dead_at >= max(heard, before) + USUAL.dead - 1e-6
+
+
+@given(st.lists(st.floats(0.01, 4), min_size=1, max_size=12), st.booleans())
+@example([0.5, 2.5, 3.0], False)
+def test_news_about_mappings_do_not_keep_a_dead_path_up(pauses: list[float], hurried: bool) -> None:
+    """Each could have been taken for a check that came late, and the silence for our own."""
+    path = Path()
+    path.want()
+    path.run(10)
+    path.alive = False
+    for pause in pauses:
+        path.machine.keep_up(25.0, path.now)
+        if hurried:  # a driver may look at once, or when it had to anyway
+            path.check()
+        path.run(path.now + pause)
+    path.run(100)
+    assert path.dead_at == pytest.approx(path.heard_at + USUAL.dead, abs=1e-6)
 
 
 def test_traffic_needs_no_probes_and_its_end_is_noticed() -> None:

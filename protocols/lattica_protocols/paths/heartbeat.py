@@ -66,9 +66,10 @@ class Heartbeat:
         """When `check` wants to be called, at the latest."""
 
     def keep_up(self, every: float, now: float) -> None:
-        """From now on let no more than `every` seconds pass in silence while nothing is wanted. `check` is due."""
+        """From now on let no more than `every` seconds pass in silence while nothing is wanted. `check` is due then."""
         self._pace = replace(self._pace, keep_alive=every)
-        self.next_timeout = min(self.next_timeout, now)
+        if self._since is None and self._probed_at is None:  # else a check that comes when it was due would seem late
+            self.next_timeout = min(self.next_timeout, now)
 
     def check(self, now: float, *, heard_at: float, wanted: bool) -> Verdict:
         """What to do now."""
