@@ -117,7 +117,7 @@ class Space:
 
     @property
     def excluded(self) -> Sequence[PeerId]:
-        """Who is out because they signed two operations with one sequence number."""
+        """Who is out because they signed two operations with one sequence number, or have too many instances."""
         return sorted(peer_of(author) for author, _, _ in self.replica.graph.exclusions())
 
     def root(self) -> bytes:

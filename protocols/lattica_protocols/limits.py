@@ -702,7 +702,11 @@ REPLICA_MAX_WRITERS = 256
 """Keys that may write at a time. Frontiers and version vectors have an entry for each."""
 
 REPLICA_MAX_INSTANCES = 64
-"""Chains of one author: one for each time that it lost its memory. Each costs every replica a version vector."""
+"""Chains of one author: one for each time that it lost its memory. Each costs every replica a version vector. Whoever
+has more is excluded."""
+
+REPLICA_MAX_FIRST_BYTES = 12 << 10
+"""The first operation of a chain. Those of 65 chains prove that somebody has too many, and have to fit a message."""
 
 REPLICA_MAX_ADMIN_OPERATIONS = 1024
 """Grants, removals and hand-overs between two checkpoints. What a writer may do is worked out from all of them."""

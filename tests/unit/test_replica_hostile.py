@@ -19,7 +19,7 @@ from lattica_protocols.limits import (
     REPLICA_MAX_PRESENT,
     REPLICA_MAX_UPDATE_BYTES,
 )
-from lattica_protocols.replica.graph import Fork
+from lattica_protocols.replica.equivocation import Fork
 from lattica_protocols.replica.messages import Kind, decode_message_untrusted, encode_message
 from lattica_protocols.replica.operation import Operation
 from lattica_protocols.replica.presence import Presence

@@ -25,12 +25,14 @@ from lattica_protocols.limits import (
     REPLICA_MAX_ADMIN_OPERATIONS,
     REPLICA_MAX_CLOCK_SKEW,
     REPLICA_MAX_CUTS,
+    REPLICA_MAX_FIRST_BYTES,
     REPLICA_MAX_INSTANCES,
     REPLICA_MAX_LIMBO,
     REPLICA_MAX_UPDATE_BYTES,
     REPLICA_MAX_WRITERS,
 )
 from lattica_protocols.replica.client_ids import ClientIds, client_id, forked_client
+from lattica_protocols.replica.equivocation import Crowd, Equivocation, Fork
 from lattica_protocols.replica.errors import MissingParents, NotYet, Refused
 from lattica_protocols.replica.floor import Floor
 from lattica_protocols.replica.membership import Membership, MembershipTable
@@ -110,32 +112,6 @@ class Entry:
         """Where its items stand; None: not looked at yet."""
 
 
-class Fork:
-    """Proof that an author equivocated: two operations with one place in one chain."""
-
-    __slots__ = ("first", "second")
-
-    def __init__(self, first: Operation, second: Operation) -> None:
-        self.first, self.second = sorted((first, second), key=lambda op: op.id)
-
-    @property
-    def author(self) -> bytes:
-        return self.first.author
-
-    @property
-    def place(self) -> tuple[int, int]:
-        """(seq, instance): of several proofs against an author the one with the smallest place decides."""
-        return self.first.seq, self.first.instance
-
-    def check_untrusted(self, space: bytes) -> None:
-        """Two signed operations, different, of one author, instance and seq."""
-        first, second = self.first, self.second
-        if first.chain != second.chain or first.seq != second.seq or first.id == second.id:
-            raise Refused("the two operations are no fork")
-        if not first.check_signature(space) or not second.check_signature(space):
-            raise Refused("a fork with a wrong signature")
-
-
 class Admission:
     """What an admitted operation (or a proof) changed."""
 
@@ -147,7 +123,7 @@ class Admission:
         """Operations that count now and did not, in an order in which they can be applied."""
         self.rebuild = False
         """Something that counted does not any more, or got another name: the document is to be made anew."""
-        self.fork: Fork | None = None
+        self.fork: Equivocation | None = None
         """A proof that is new."""
 
 
@@ -160,14 +136,15 @@ class Graph:
         self.entries: dict[bytes, Entry] = {}
         self.heads: set[bytes] = set(self.floor.heads)
         """Operations that count and that no other that counts is linked to."""
-        self.forks: dict[bytes, Fork] = {}
+        self.forks: dict[bytes, Equivocation] = {}
         """Equivocators, with the proof that decides."""
         self.chains: dict[Chain, list[Branch]] = {}
         self.table = MembershipTable(self.floor.owners, self.floor.writers, self.floor.former)
         self.renamed: dict[int, Entry] = {}
         """Operations by the client ids that their items have, or would have if they counted, instead of the chain's."""
         self.client_ids = ClientIds(self.floor.chains)
-        self._instances: dict[bytes, int] = {}
+        self._firsts: dict[bytes, dict[int, Operation]] = {}
+        """The first operations of each author's instances."""
         self._removals: dict[bytes, list[tuple[Entry, Past]]] = {}
         self._changes = 0
         self._order = 0
@@ -234,7 +211,7 @@ class Graph:
             raise NotYet(f"its time is {op.time - unix_now:.0f} s ahead of ours")
         if not trusted and not op.check_signature(self.space):
             raise Refused("wrong signature")
-        previous, start = self._previous(op)
+        previous, start = self._previous(op, trusted)
         parents = tuple(self.entries[p] for p in op.parents if p in self.entries)
         before = self._membership_before(parents)
         self._check_right(op, before)
@@ -255,13 +232,13 @@ class Graph:
                 self._check_places(op, past, parsed.deletions)
         return self._insert(entry, past)
 
-    def _previous(self, op: Operation) -> tuple[Entry | None, int]:
+    def _previous(self, op: Operation, trusted: bool) -> tuple[Entry | None, int]:
         """The operation before `op` in its chain (None: `op` is the first, or it is covered), and its clock."""
         ended = self.floor.chains.get(op.chain)
         if op.seq == 0:
             if ended is not None:
                 raise Refused("this place of the chain is covered by the checkpoint: another operation is there")
-            self._check_new_chain(op)
+            self._check_first(op, trusted)
             return None, 0
         previous = self.entries.get(op.parents[0])
         if previous is None:
@@ -276,13 +253,13 @@ class Graph:
             raise Refused("its time is before that of the operation before it")
         return previous, previous.end
 
-    def _check_new_chain(self, op: Operation) -> None:
+    def _check_first(self, op: Operation, trusted: bool) -> None:
+        if len(op.encoded) > REPLICA_MAX_FIRST_BYTES and not trusted:
+            raise Refused(f"the first operation of a chain has {len(op.encoded)} bytes, over {REPLICA_MAX_FIRST_BYTES}")
         if op.chain in self.chains:
             return
         if client_id(*op.chain) in self.client_ids.floor:
             raise Refused("its client id is that of a chain which the checkpoint has")
-        if self._instances.get(op.author, 0) >= REPLICA_MAX_INSTANCES:
-            raise Refused(f"the author has {REPLICA_MAX_INSTANCES} chains already")
 
     def _membership_before(self, parents: Sequence[Entry]) -> Membership:
         if not parents:
@@ -540,8 +517,7 @@ class Graph:
         return bool(self.forks or self.floor.excluded or self.floor.renamed or ids.shared or ids.collided)
 
     def _after_fork(self, op: Operation) -> bool:
-        fork = self.forks.get(op.author)
-        place = fork.place if fork is not None else self.floor.excluded.get(op.author)
+        place = self._place_of(op.author)
         return place is not None and (op.instance != place[1] or op.seq >= place[0])
 
     def _insert(self, entry: Entry, past: Past) -> Admission:
@@ -549,8 +525,6 @@ class Graph:
         admission = Admission(entry)
         branches = self.chains.setdefault(op.chain, [])
         if branch not in branches:
-            if not branches:
-                self._instances[op.author] = self._instances.get(op.author, 0) + 1
             branches.append(branch)
             for other in self.client_ids.add(branch):
                 self.renamed[forked_client(other.op.id)] = other
@@ -572,9 +546,9 @@ class Graph:
                 recount = self._note_removal(entry, past)
         if self._after_fork(op) or self.client_ids.may_rename(branch.client):
             self.renamed[forked_client(op.id)] = entry
-        twin = self._twin(branch, op.seq)
-        if twin is not None:
-            admission.fork = self._take_fork(Fork(twin.op, op))
+        proof = self._proof(branch, op)
+        if proof is not None:
+            admission.fork = self._take_fork(proof)
             recount = recount or admission.fork is not None
         if recount:
             self._recount(admission)
@@ -585,6 +559,18 @@ class Graph:
             self.forget_limbo()
         return admission
 
+    def _proof(self, branch: Branch, op: Operation) -> Equivocation | None:
+        """What `op` and those that are here prove against its author."""
+        twin = self._twin(branch, op.seq)
+        if twin is not None:
+            return Fork(twin.op, op)
+        if op.seq:
+            return None
+        firsts = self._firsts.setdefault(op.author, {})
+        if len(firsts) <= REPLICA_MAX_INSTANCES:
+            firsts[op.instance] = op
+        return Crowd(firsts.values()) if len(firsts) > REPLICA_MAX_INSTANCES else None
+
     def _twin(self, branch: Branch, seq: int) -> Entry | None:
         """Another operation at `seq` of the same chain."""
         for other in self.chains[branch.chain]:
@@ -594,8 +580,7 @@ class Graph:
 
     def would_move_fork(self, op: Operation) -> bool:
         """Whether `op` would show that its author, who is excluded, equivocated earlier than was known."""
-        fork = self.forks.get(op.author)
-        place = fork.place if fork is not None else self.floor.excluded.get(op.author)
+        place = self._place_of(op.author)
         if place is None or place <= (op.seq, op.instance) or op.id in self.entries:
             return False
         return any(0 <= op.seq - branch.first_seq < len(branch.entries) for branch in self.chains.get(op.chain, ()))
@@ -615,26 +600,33 @@ class Graph:
                     changed = changed or entry.counted
         return changed
 
-    def add_fork_untrusted(self, fork: Fork) -> Admission:
+    def add_fork_untrusted(self, fork: Equivocation) -> Admission:
         """Take a proof. Changes nothing when it says nothing new. Raises `Refused` or `NotYet`."""
-        fork.check_untrusted(self.space)
         author = fork.author
+        place = self._place_of(author)
+        if place is not None and place <= fork.place:
+            return Admission()
         if not any(chain[0] == author for chain in self.chains) and author not in self.membership().writers:
-            raise NotYet("a fork of somebody who is no writer here")
+            raise NotYet("a proof against somebody who is no writer here")
+        fork.check_untrusted(self.space)
         admission = Admission()
         admission.fork = self._take_fork(fork)
         if admission.fork is not None:
             self._recount(admission)
         return admission
 
-    def restore_forks(self, forks: Iterable[Fork]) -> None:
+    def restore_forks(self, forks: Iterable[Equivocation]) -> None:
         """Put back proofs that were checked, into a graph that has no operations yet."""
         for fork in forks:
             self._take_fork(fork)
 
-    def _take_fork(self, fork: Fork) -> Fork | None:
-        known = self.forks.get(fork.author)
-        place = known.place if known is not None else self.floor.excluded.get(fork.author)
+    def _place_of(self, author: bytes) -> tuple[int, int] | None:
+        """From where on `author` is excluded: (seq, instance)."""
+        known = self.forks.get(author)
+        return known.place if known is not None else self.floor.excluded.get(author)
+
+    def _take_fork(self, fork: Equivocation) -> Equivocation | None:
+        place = self._place_of(fork.author)
         if place is not None and place <= fork.place:
             return None
         self.forks[fork.author] = fork
@@ -705,4 +697,3 @@ class Graph:
         self.client_ids.cut(client_id(*chain))
         if not self.chains[chain]:
             del self.chains[chain]
-            self._instances[chain[0]] -= 1

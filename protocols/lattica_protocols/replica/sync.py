@@ -35,8 +35,9 @@ from lattica_protocols.limits import (
     REPLICA_MAX_WANTED,
 )
 from lattica_protocols.replica.checkpoint import Checkpoint, Head, Rank, ranks_above
+from lattica_protocols.replica.equivocation import Equivocation, Fork, equivocation_untrusted
 from lattica_protocols.replica.errors import MissingParents, NotYet
-from lattica_protocols.replica.graph import Admission, Entry, Fork, Past
+from lattica_protocols.replica.graph import Admission, Entry, Past
 from lattica_protocols.replica.messages import MAX_FORKS, Kind, Message, decode_message_untrusted, encode_message
 from lattica_protocols.replica.operation import Operation
 from lattica_protocols.replica.presence import Presence, Record
@@ -71,6 +72,8 @@ READ_ALONE = 16
 checked meanwhile): it names none by their place in the receiver's replica."""
 CHUNK = 512 << 10
 """Bytes of a checkpoint in one message."""
+_PROOF_BYTES = 512 << 10
+"""Of a message of proofs; a longer proof has one to itself."""
 _REFUSED_KEPT = 4096
 
 Peer = TypeVar("Peer", bound=Hashable)
@@ -169,9 +172,13 @@ class ReplicaSync(Generic[Peer]):
             for neighbour in self._neighbours.values():
                 neighbour.pushes.append(op)
 
-    def push_fork(self, fork: Fork) -> None:
+    def push_fork(self, fork: Equivocation) -> None:
+        """Tell the neighbours of a proof. One of 800 KB only those get who find that they lack it."""
         for peer in self._neighbours:
-            self._send(peer, Kind.FORKS, [(fork.first.encoded, fork.second.encoded)])
+            if isinstance(fork, Fork):
+                self._send_proofs(peer, [fork])
+            else:
+                self._send_hello(peer)
 
     def announce_checkpoint(self) -> None:
         """Tell the neighbours that we have another checkpoint."""
@@ -315,15 +322,28 @@ class ReplicaSync(Generic[Peer]):
         """Send the proofs the other lacks; whether it has one that we lack."""
         theirs = {author: (seq, instance) for author, seq, instance in exclusions}
         ours = self.replica.graph.forks
-        send = [
-            (fork.first.encoded, fork.second.encoded)
-            for author, fork in ours.items()
-            if author not in theirs or fork.place < theirs[author]
-        ]
-        for at in range(0, len(send), MAX_FORKS):
-            self._send(peer, Kind.FORKS, send[at : at + MAX_FORKS])
+        send = [fork for author, fork in ours.items() if author not in theirs or fork.place < theirs[author]]
+        self._rng.shuffle(send)  # there may be some that it does not take yet
+        self._send_proofs(peer, send)
         known = {author: (seq, instance) for author, seq, instance in self.replica.graph.exclusions()}
         return any(author not in known or place < known[author] for author, place in theirs.items())
+
+    def _send_proofs(self, peer: Peer, proofs: Iterable[Equivocation]) -> None:
+        """As many as a few messages hold; the next comparison asks for the rest."""
+        rows: list[list[bytes]] = []
+        size = messages = 0
+        for proof in proofs:
+            row = [op.encoded for op in proof.operations]
+            length = sum(map(len, row))
+            if rows and (size + length > _PROOF_BYTES or len(rows) == MAX_FORKS):
+                self._send(peer, Kind.FORKS, rows)
+                rows, size, messages = [], 0, messages + 1
+                if messages == REPLICA_BATCHES_IN_FLIGHT:
+                    return
+            rows.append(row)
+            size += length
+        if rows:
+            self._send(peer, Kind.FORKS, rows)
 
     def _past_of_tips(self, tips: Sequence[tuple[bytes, int, int, bytes]], full: bool) -> tuple[Past, bool]:
         """What the sender of these chain ends has of ours, and whether it has something that we lack."""
@@ -481,10 +501,9 @@ class ReplicaSync(Generic[Peer]):
         for start, stop in list(_batches(operations))[:REPLICA_BATCHES_IN_FLIGHT]:  # the rest is asked for again
             self._send(peer, Kind.OPERATIONS, 0, write_row(operations[start:stop]))
 
-    def _on_forks(self, peer: Peer, forks: Sequence[tuple[bytes, bytes]], now: float) -> None:
-        for pair in forks:
-            ops = [Operation.decode_untrusted(data, self.replica.space) for data in pair]
-            fork = Fork(*ops)
+    def _on_forks(self, peer: Peer, forks: Sequence[Sequence[bytes]], now: float) -> None:
+        for row in forks:
+            fork = equivocation_untrusted(row, self.replica.space)
             try:
                 if self.replica.graph.excluded(fork.author):
                     self._check_fork_pause(fork.author, now)
