@@ -759,6 +759,10 @@ REPLICA_MAX_PENDING_PER_PEER = 256
 REPLICA_MAX_LIMBO = 4096
 """Operations of excluded and removed authors that nobody's valid operation builds on, before they are forgotten."""
 
+REPLICA_MAX_LIMBO_LINKS = 1 << 18
+"""Branches in the pasts of these operations and beside them, each about 100 bytes and a step to look at. Twins that are
+all linked to each other have the square of their number: these are forgotten when there are 500."""
+
 REPLICA_MAX_TIPS = REPLICA_MAX_WRITERS * REPLICA_MAX_INSTANCES
 """Chain ends in one frontier."""
 

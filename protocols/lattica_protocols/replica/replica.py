@@ -214,7 +214,8 @@ class Replica:
                 apply_untrusted(self.doc, filler(forked_client(entry.op.id), parsed.start))
             named = {client for client, _ in parsed.references} | {client for client, _, _ in parsed.deletions}
             if any(graph.is_forked(client) for client in named | {parsed.client}):
-                body = rename(body, parsed, lambda c, k, n: graph.pieces(entry, c, k, n))
+                scope = graph.scope_of(entry)
+                body = rename(body, parsed, lambda c, k, n: graph.pieces(entry, scope, c, k, n))
         apply_untrusted(self.doc, body)
 
     def _new_doc(self) -> Doc[Any]:
