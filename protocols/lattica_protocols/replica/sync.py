@@ -68,6 +68,9 @@ WANT_AGAIN = 1.0
 BLAME = (10.0, 600.0)
 """Seconds in which no checkpoint is fetched from a neighbour that failed to deliver one: doubling from the first to the
 second."""
+SLOW = 30.0
+"""Seconds for a checkpoint after which another neighbour that has one gets its turn. Whoever was too slow has twice as
+long the next time, so that slow ones come to an end, and one that is slow on purpose holds nobody up for hours."""
 FORK_PAUSE = (1.0, 60.0)
 """Seconds in which no earlier fork of an author that is excluded already is taken: doubling likewise. Each makes the
 whole graph be counted anew, and who signs a long chain can make thousands, one before the other."""
@@ -110,6 +113,7 @@ class _Download(Generic[Peer]):
     id: bytes
     data: bytearray
     asked_at: float
+    started_at: float
     total: int = 0
     signed: bool = False
     """Its head came, and is signed by those who may."""
@@ -583,8 +587,15 @@ class ReplicaSync(Generic[Peer]):
                 self._send(peer, Kind.PROPOSAL, proposal.header, sorted(proposal.signatures.items()))
 
     def _get_checkpoint(self, peer: Peer, checkpoint: bytes, now: float) -> None:
-        if self._download is None and now >= self._blamed.get(peer, (0.0, 0.0))[0]:
-            self._download = _Download(peer, checkpoint, bytearray(), now)
+        if now < self._blamed.get(peer, (0.0, 0.0))[0]:
+            return
+        download = self._download
+        if download is not None and download.peer != peer:
+            _, pause = self._blamed.get(download.peer, (0.0, 0.0))
+            if now - download.started_at > max(SLOW, 2 * pause):
+                self._blame(download.peer, now)
+        if self._download is None:
+            self._download = _Download(peer, checkpoint, bytearray(), now, now)
             self._send(peer, Kind.GET_CHECKPOINT, checkpoint, 0)
 
     def _on_get_checkpoint(self, peer: Peer, checkpoint: bytes, offset: int) -> None:
