@@ -363,7 +363,10 @@ class _Writing:
         self._connection = connection
 
     def __enter__(self) -> None:
-        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.Error as error:  # another program has it locked, or the disk does not answer
+            raise _storage_error(error) from None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -375,9 +378,13 @@ class _Writing:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
         if isinstance(error, sqlite3.Error):
-            if "full" in str(error):
-                raise StorageFull("the disk is full: nothing was stored") from None
-            raise StorageError(f"the database of the spaces cannot be written: {error}") from None
+            raise _storage_error(error) from None
+
+
+def _storage_error(error: sqlite3.Error) -> StorageError:
+    if "full" in str(error):
+        return StorageFull("the disk is full: nothing was stored")
+    return StorageError(f"the database of the spaces cannot be written: {error}")
 
 
 def _connect(path: Path | None) -> tuple[sqlite3.Connection, bool]:
