@@ -799,6 +799,10 @@ REPLICA_MAX_PRESENT = 1024
 REPLICA_PRESENCE_SECONDS = 30.0
 """A member that was not heard of for so long is gone: three of its announcements were lost."""
 
+REPLICA_PRESENCE_BURST = 8.0
+"""Announcements of one member that are taken at once, and then one a second: it says something new for each of its
+models that comes or goes. Every one reaches all members, over each of their links."""
+
 REPLICA_MAX_PROOF_BYTES = 64 << 10
 """An inclusion proof: an operation of a few hundred bytes, grants, two Merkle paths."""
 

@@ -8,11 +8,12 @@ import time
 import pytest
 from replica_members import NOW, deliver, forged, genesis, key_of, member, put
 
-from lattica_protocols.limits import REPLICA_MAX_LIMBO_LINKS, REPLICA_MAX_PENDING
+from lattica_protocols.limits import REPLICA_MAX_LIMBO_LINKS, REPLICA_MAX_PENDING, REPLICA_PRESENCE_BURST
 from lattica_protocols.replica.client_ids import client_id
 from lattica_protocols.replica.errors import Refused
 from lattica_protocols.replica.messages import Kind, Message, decode_message_untrusted, encode_message
 from lattica_protocols.replica.operation import Operation
+from lattica_protocols.replica.presence import Presence
 from lattica_protocols.replica.replica import Replica
 from lattica_protocols.replica.sync import ReplicaSync
 from lattica_protocols.varint import encode_uvarint as uvarint
@@ -140,3 +141,17 @@ def test_more_chains_than_a_frontier_holds_are_told_in_parts(monkeypatch: pytest
                 machines[peer].receive(side, message, step * 0.5, NOW)
     assert first.root() == second.root()
     assert first.operations() == 30
+
+
+def test_announcements_of_one_stranger_are_passed_on_a_few_times() -> None:
+    asked, theirs, stranger = Asked(member(0, SPACE)), Presence(SPACE.id), key_of(50)
+    asked.machine.add_neighbour(1, 0.0)
+    asked.machine.poll_transmit()
+
+    def passed_on(now: float, count: int) -> int:
+        records = [theirs.announce(stranger, b"%d" % n, now, NOW + now) for n in range(count)]
+        return sum(len(asked.hear(Kind.PRESENCE, [record], now=now)) for record in records)
+
+    assert passed_on(0.0, 100) == REPLICA_PRESENCE_BURST
+    assert passed_on(2.0, 100) == 2
+    assert passed_on(12.0, 1) == 1
