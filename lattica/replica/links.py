@@ -26,16 +26,27 @@ log = logging.getLogger("lattica.replica")
 
 MAX_QUEUED_BYTES = 16 << 20
 """Bytes waiting for one neighbour: the batches in flight of 16 spaces."""
+MAX_ALL_QUEUED_BYTES = 64 << 20
+"""The same for all neighbours together: strangers that ask for much and read nothing."""
+FAIR_QUEUED_BYTES = 2 << 20
+"""What may wait for each in any case: the longest message, and one that is on its way."""
 LINK_IDLE = 300.0
 """Seconds without a message to send after which a link's stream is closed."""
 SEND_TIMEOUT = 30.0
 """Seconds a neighbour may take to accept what is queued."""
 
 
+class Queued:
+    """Bytes that wait in all links of a service."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+
 class Link:
     """What we send to one peer: a queue, and a task that empties it into a stream."""
 
-    def __init__(self, host: Host, peer: PeerId, lost: Callable[[PeerId, bool], None]) -> None:
+    def __init__(self, host: Host, peer: PeerId, lost: Callable[[PeerId, bool], None], queued: Queued) -> None:
         """`lost(peer, path_lost)` is called at the end; `path_lost`: it ended with its connection, not in order."""
         self._host = host
         self._peer = peer
@@ -43,17 +54,25 @@ class Link:
         self._closed: Exception | None = None
         self._queue: list[bytes] = []
         self._queued = 0
+        """Bytes in the queue, and in the stream until it is drained."""
+        self._all = queued
         self._wake = trio.Event()
         self.dropped = 0
 
     def send(self, data: bytes) -> None:
         """Queue a message; dropped when the peer is far behind."""
-        if self._queued + len(data) > MAX_QUEUED_BYTES:
+        size = len(data)
+        crowded = self._all.bytes + size > MAX_ALL_QUEUED_BYTES
+        if self._queued + size > (FAIR_QUEUED_BYTES if crowded else MAX_QUEUED_BYTES):
             self.dropped += 1
             return
-        self._queue += [len(data).to_bytes(4, "big"), data]
-        self._queued += len(data)
+        self._queue += [size.to_bytes(4, "big"), data]
+        self._count(size)
         self._wake.set()
+
+    def _count(self, size: int) -> None:
+        self._queued += size
+        self._all.bytes += size
 
     async def run(self) -> None:
         """Send until the peer is gone or nothing was to be sent for long; tells `lost` at the end."""
@@ -72,16 +91,18 @@ class Link:
                     stream = await self._host.open_stream(self._peer, PROTOCOL)
                     stream.set_sink(self)
                 queue, self._queue = self._queue, []
-                self._queued = 0
+                size = self._queued
                 stream.write(*queue)
                 with trio.fail_after(SEND_TIMEOUT):
                     await stream.drain()
+                self._count(-size)
         except (LatticaError, ProtocolError, trio.TooSlowError) as error:
             log.debug("replica_link_lost peer=%s error=%s", self._peer.short(), error)
             path_lost = stream is not None and isinstance(stream.connection.close_error, ConnectionLost)
         finally:
             if stream is not None:
                 stream.reset()
+            self._count(-self._queued)
             self._lost(self._peer, path_lost)
 
     # -- the stream's sink: the peer sends on one of its own, so this only tells when ours is gone --------------

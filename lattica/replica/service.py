@@ -23,7 +23,7 @@ import trio
 
 from lattica.errors import InvalidArgument, LatticaError, SpaceNotFound, StorageError
 from lattica.host import PeerDisconnected, PeerIdentified
-from lattica.replica.links import Link, receive_messages
+from lattica.replica.links import Link, Queued, receive_messages
 from lattica.replica.signatures import SignatureChecker
 from lattica.replica.space import Space, key_of
 from lattica_protocols.errors import RemoteProtocolError
@@ -85,6 +85,9 @@ class SpaceService:
         self._spaces: dict[bytes, Space] = {}
         self._by_tag: dict[bytes, Space] = {}
         self._links: dict[PeerId, Link] = {}
+        self._queued = Queued()
+        self._inbound: dict[PeerId, trio.CancelScope] = {}
+        """The stream of each peer that is served."""
         self._wake = trio.Event()
         self._joins: dict[bytes, trio.MemorySendChannel[Genesis]] = {}
         self._searching: set[bytes] = set()
@@ -376,7 +379,7 @@ class SpaceService:
             return
         link = self._links.get(peer)
         if link is None:
-            link = self._links[peer] = Link(self._host, peer, self._link_lost)
+            link = self._links[peer] = Link(self._host, peer, self._link_lost, self._queued)
             self._host.nursery.start_soon(link.run)
         link.send(data)
 
@@ -415,8 +418,23 @@ class SpaceService:
 
     # -- inbound --------------------------------------------------------------------------------------------
     async def _handle(self, stream: Stream) -> None:
-        """Take the messages of one peer in order; signatures of the next ones are checked meanwhile."""
+        """Serve a peer's stream until it ends or the peer opens another one: what a message that is on its way holds of
+        our memory counts once for each peer."""
         peer = stream.connection.peer_id
+        if peer in self._inbound:
+            self._inbound[peer].cancel()
+        with trio.CancelScope() as scope:
+            self._inbound[peer] = scope
+            try:
+                await self._take_messages(peer, stream)
+            finally:
+                if self._inbound[peer] is scope:
+                    del self._inbound[peer]
+        if scope.cancelled_caught:
+            stream.reset()
+
+    async def _take_messages(self, peer: PeerId, stream: Stream) -> None:
+        """Take the messages of one peer in order; signatures of the next ones are checked meanwhile."""
         send, receive = trio.open_memory_channel[tuple[Message, Awaitable[None] | None, Row | None]](CHECKS_AHEAD)
         async with trio.open_nursery() as nursery:
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import msgpack
 import trio
 
 from lattica.errors import InvalidArgument, NotWriter, StorageError
@@ -117,7 +118,7 @@ class Space:
 
     @property
     def excluded(self) -> Sequence[PeerId]:
-        """Who is out because they signed two operations with one sequence number."""
+        """Who is out because they signed two operations with one sequence number, or have too many instances."""
         return sorted(peer_of(author) for author, _, _ in self.replica.graph.exclusions())
 
     def root(self) -> bytes:
@@ -466,8 +467,9 @@ def _container(kind: str, name: str) -> str:
 
 def _presence_bytes(info: object) -> bytes:
     try:
-        data = json.dumps(info, separators=(",", ":"), ensure_ascii=False).encode()
-    except (TypeError, ValueError) as error:
+        data = json.dumps(info, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+        msgpack.packb(info)
+    except (TypeError, ValueError, OverflowError) as error:
         raise InvalidArgument(f"what a member says about itself is a JSON value: {error}") from None
     if len(data) > REPLICA_MAX_PRESENCE_BYTES:
         raise InvalidArgument(f"presence of {len(data)} bytes is over {REPLICA_MAX_PRESENCE_BYTES}")
@@ -479,7 +481,14 @@ def _last_index(items: list[bytes | None], item: bytes) -> int:
 
 
 def _presence_value(info: bytes) -> Any:
+    """What a member says about itself; None when that is nothing that can be handed on to programs and people."""
     try:
-        return json.loads(info)
-    except (ValueError, RecursionError):
+        value = json.loads(info, parse_constant=_no_constant)
+        msgpack.packb(value)  # no number over 64 bits, no half of a character
+    except (ValueError, OverflowError, RecursionError):
         return None
+    return value
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")

@@ -8,7 +8,8 @@ sign its sequence number twice. (A power cut, unlike a kill, can lose the last t
     operations   place, items, data                     a row (`short_form`) with how many items each has; place: space
                                                         number << 40 | n, in the order of admission (ascending keys
                                                         fill their pages)
-    forks        space number, author, first, second    proofs of equivocation
+    forks        space number, author, first, second    proofs of equivocation; second is a msgpack array of the others
+                                                        when a proof has more than two operations
     checkpoints  space number, data                     the newest
     snapshots    space number, n, state                 the document after the first n operations, behind its BLAKE3
     lost         space number, data                     own operations that a checkpoint left out
@@ -31,12 +32,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import msgpack
 from blake3 import blake3
 
 from lattica.damaged_database import ADVICE, is_damage, move_aside
 from lattica.database import WrittenByNewer, open_database
 from lattica.errors import ConfigError, StorageError, StorageFull
 from lattica_protocols.errors import RemoteProtocolError
+from lattica_protocols.replica.equivocation import CROWD_OPERATIONS, FORK_OPERATIONS
 from lattica_protocols.replica.genesis import Genesis, space_text
 from lattica_protocols.replica.operation import Operation
 from lattica_protocols.replica.replica import Unsaved
@@ -82,7 +85,7 @@ class StoredSpace:
     genesis: Genesis
     instance: int
     operations: list[tuple[bytes, int]]
-    forks: list[tuple[bytes, bytes]]
+    forks: list[list[bytes]]
     checkpoint: bytes | None
     snapshot: tuple[int, bytes]
     lost: list[bytes]
@@ -228,7 +231,7 @@ class SpaceStore:
             genesis,
             instance,
             [(row[0], row[1]) for row in rows],
-            forks,
+            [_read_proof(*row) for row in forks],
             None if checkpoint is None else checkpoint[0],
             _checked_snapshot(snapshot),
             [row[0] for row in run("SELECT data FROM lost WHERE number = ?", (number,)).fetchall()],
@@ -288,8 +291,8 @@ class SpaceStore:
                 [(first + index, items, row.write(op)) for index, (op, items) in enumerate(operations)],
             )
             for fork in unsaved.forks:
-                proof = (number, fork.author, fork.first.encoded, fork.second.encoded)
-                run("INSERT OR REPLACE INTO forks VALUES (?, ?, ?, ?)", proof)
+                proof = _proof_columns([op.encoded for op in fork.operations])
+                run("INSERT OR REPLACE INTO forks VALUES (?, ?, ?, ?)", (number, fork.author, *proof))
             run_many = self._connection.executemany
             run_many("INSERT INTO lost VALUES (?, ?)", [(number, op.encoded) for op in unsaved.lost])
             if unsaved.signed:
@@ -350,7 +353,10 @@ class _Writing:
         self._connection = connection
 
     def __enter__(self) -> None:
-        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.Error as error:  # another program has it locked, or the disk does not answer
+            raise _storage_error(error) from None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -362,9 +368,13 @@ class _Writing:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
         if isinstance(error, sqlite3.Error):
-            if "full" in str(error):
-                raise StorageFull("the disk is full: nothing was stored") from None
-            raise StorageError(f"the database of the spaces cannot be written: {error}") from None
+            raise _storage_error(error) from None
+
+
+def _storage_error(error: sqlite3.Error) -> StorageError:
+    if "full" in str(error):
+        return StorageFull("the disk is full: nothing was stored")
+    return StorageError(f"the database of the spaces cannot be written: {error}")
 
 
 def _connect(path: Path | None) -> tuple[sqlite3.Connection, bool]:
@@ -386,6 +396,20 @@ def _checked_snapshot(row: tuple[int, bytes] | None) -> tuple[int, bytes]:
     if row is None or blake3(row[1][32:]).digest() != row[1][:32]:
         return 0, b""
     return row[0], row[1][32:]
+
+
+def _proof_columns(row: Sequence[bytes]) -> tuple[bytes, bytes]:
+    return row[0], row[1] if len(row) == FORK_OPERATIONS else msgpack.packb(row[1:])
+
+
+def _read_proof(first: bytes, second: bytes) -> list[bytes]:
+    """The operations of a proof. An operation is an array of 8, the others of a longer proof one of more than 15."""
+    if second[:1] != b"\xdc":
+        return [first, second]
+    try:
+        return [first, *msgpack.unpackb(second, max_array_len=CROWD_OPERATIONS)]
+    except (ValueError, msgpack.UnpackException):
+        return [first]  # which is no proof: the space is restored from what is sound
 
 
 def _read_list(path: Path) -> list[Genesis]:

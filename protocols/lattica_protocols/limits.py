@@ -706,7 +706,11 @@ REPLICA_MAX_WRITERS = 256
 """Keys that may write at a time. Frontiers and version vectors have an entry for each."""
 
 REPLICA_MAX_INSTANCES = 64
-"""Chains of one author: one for each time that it lost its memory. Each costs every replica a version vector."""
+"""Chains of one author: one for each time that it lost its memory. Each costs every replica a version vector. Whoever
+has more is excluded."""
+
+REPLICA_MAX_FIRST_BYTES = 12 << 10
+"""The first operation of a chain. Those of 65 chains prove that somebody has too many, and have to fit a message."""
 
 REPLICA_MAX_ADMIN_OPERATIONS = 1024
 """Grants, removals and hand-overs between two checkpoints. What a writer may do is worked out from all of them."""
@@ -759,6 +763,10 @@ REPLICA_MAX_PENDING_PER_PEER = 256
 REPLICA_MAX_LIMBO = 4096
 """Operations of excluded and removed authors that nobody's valid operation builds on, before they are forgotten."""
 
+REPLICA_MAX_LIMBO_LINKS = 1 << 18
+"""Branches in the pasts of these operations and beside them, each about 100 bytes and a step to look at. Twins that are
+all linked to each other have the square of their number: these are forgotten when there are 500."""
+
 REPLICA_MAX_TIPS = REPLICA_MAX_WRITERS * REPLICA_MAX_INSTANCES
 """Chain ends in one frontier."""
 
@@ -794,6 +802,10 @@ REPLICA_MAX_PRESENT = 1024
 
 REPLICA_PRESENCE_SECONDS = 30.0
 """A member that was not heard of for so long is gone: three of its announcements were lost."""
+
+REPLICA_PRESENCE_BURST = 8.0
+"""Announcements of one member that are taken at once, and then one a second: it says something new for each of its
+models that comes or goes. Every one reaches all members, over each of their links."""
 
 REPLICA_MAX_PROOF_BYTES = 64 << 10
 """An inclusion proof: an operation of a few hundred bytes, grants, two Merkle paths."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 from pycrdt import Doc, Map
@@ -11,7 +12,7 @@ from replica_updates import some_update
 
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.keys import PrivateKey
-from lattica_protocols.limits import REPLICA_MAX_UPDATE_BYTES
+from lattica_protocols.limits import REPLICA_MAX_INSTANCES, REPLICA_MAX_UPDATE_BYTES
 from lattica_protocols.replica import client_ids
 from lattica_protocols.replica.client_ids import client_id
 from lattica_protocols.replica.messages import Kind as MessageKind
@@ -20,12 +21,17 @@ from lattica_protocols.replica.operation import Kind, Operation
 from lattica_protocols.replica.placement import places_of_state_untrusted
 from lattica_protocols.varint import encode_uvarint
 
+Sent = list[tuple[int, list[Operation]]]
+"""Operations for each of some neighbours."""
+Way = Callable[[Network, Member, random.Random], Sent]
 
-def cheat(network: Network, member: Member) -> None:
+
+def cheat(network: Network, member: Member, way: Way | None = None) -> None:
     """One thing that no honest member would do. Every other cheater only contradicts and collides: the rest of what
     they do gets them excluded."""
     rng = network.rng
-    way = rng.choice((contradict, collide) if member.number % 2 == 0 else WAYS)
+    if way is None:
+        way = rng.choice((contradict, collide) if member.number % 2 == 0 else WAYS)
     if not member.neighbours:
         return
     for target, ops in way(network, member, rng):
@@ -33,9 +39,6 @@ def cheat(network: Network, member: Member) -> None:
             data = encode_message(MessageKind.OPERATIONS, network.genesis.id, 0, [op.encoded])
             for _ in range(3):  # the network loses a part
                 network.send(member.number, target, data)
-
-
-Sent = list[tuple[int, list[Operation]]]
 
 
 def _next(network: Network, member: Member, body: bytes, kind: int = Kind.EDIT, **other: Any) -> Operation:
@@ -70,6 +73,17 @@ def equivocate(network: Network, member: Member, rng: random.Random) -> Sent:
     """Two operations with one sequence number, to different neighbours; sometimes something on top of each."""
     first, second = (_next(network, member, _update(member, value)) for value in ("first", "other"))
     return [(target, [rng.choice((first, second))]) for target in member.neighbours]
+
+
+def crowd(network: Network, member: Member, rng: random.Random) -> Sent:
+    """More instances than one author may have, half of them to each neighbour, sometimes on top of what it has."""
+    heads = sorted(member.replica.graph.heads)
+    first = rng.getrandbits(31)
+    made = [
+        _next(network, member, b"", instance=first + n, seq=0, parents=heads if rng.random() < 0.1 else [])
+        for n in range(2 * REPLICA_MAX_INSTANCES + 2)
+    ]
+    return [(target, rng.sample(made, REPLICA_MAX_INSTANCES)) for target in member.neighbours]
 
 
 def forge_signature(network: Network, member: Member, rng: random.Random) -> Sent:
@@ -223,6 +237,7 @@ def garbage(network: Network, member: Member, rng: random.Random) -> Sent:
 WAYS = [
     equivocate,
     equivocate,
+    crowd,
     forge_signature,
     withhold,
     withhold_for_a_while,

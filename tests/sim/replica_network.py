@@ -11,6 +11,8 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from pycrdt import Map
+
 from lattica_protocols.errors import ProtocolError
 from lattica_protocols.keys import PrivateKey
 from lattica_protocols.replica.genesis import Genesis
@@ -39,7 +41,7 @@ class Member:
     byzantine: bool = False
     disk: list[tuple[bytes, int]] = field(default_factory=list)
     row: RowWriter = field(default_factory=RowWriter)
-    forks: list[tuple[bytes, bytes]] = field(default_factory=list)
+    forks: list[list[bytes]] = field(default_factory=list)
     lost: list[Operation] = field(default_factory=list)
     checkpoint: bytes = b""
 
@@ -52,7 +54,7 @@ class Member:
             self.disk = [(self.row.write(e.op), e.end - e.start) for e in self.replica.graph.counted()]
             return
         self.disk += [(self.row.write(op), items) for op, items in unsaved.operations]
-        self.forks += [(fork.first.encoded, fork.second.encoded) for fork in unsaved.forks]
+        self.forks += [[op.encoded for op in fork.operations] for fork in unsaved.forks]
 
 
 class Network:
@@ -202,7 +204,7 @@ def edit_at_random(replica: Replica, rng: random.Random) -> None:
             config[key] = to_shared(rng.choice([1, 2.5, "text", b"bytes", None, True, [1, "a"], {"a": {"b": 1}}]))
     elif what == "n":
         nested = container(doc, "m:nested")
-        if "inner" not in nested:
+        if not isinstance(nested.get("inner"), Map):  # a cheat may have put a text there
             nested["inner"] = to_shared({"list": [1, 2]})
         else:
             nested["inner"][f"key{rng.randrange(4)}"] = rng.randrange(100)

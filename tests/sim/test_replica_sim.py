@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from replica_cheats import withhold
+from replica_cheats import cheat, crowd, withhold
 from replica_network import UNIX, Network, edit_at_random
 from replica_runs import run
 
@@ -32,6 +32,22 @@ def test_small_spaces(seed: int) -> None:
 @pytest.mark.parametrize("seed", [3, 119])
 def test_fifty_replicas(seed: int) -> None:
     run(seed, size=50, edits=100)
+
+
+def test_members_are_not_parted_by_one_with_too_many_instances() -> None:
+    """Each neighbour of the cheat gets others of its instances; the network loses a part."""
+    network = Network(3, 12, 1)
+    cheater = network.members[1]
+    for number in range(4):
+        network.at(1.0 + number, lambda: cheat(network, cheater, crowd))
+    for member in network.honest():
+        for second in range(1, 8):
+            network.at(second + 0.5, lambda member=member: network.edit(member))  # type: ignore[misc]
+    assert network.run(120.0, network.agreed, every=20.0)
+    replicas = [member.replica for member in network.honest()]
+    author = cheater.key.public_key.data
+    assert all((author, 0, 0) in replica.graph.exclusions() for replica in replicas)
+    assert all(replica.value() == replicas[0].value() for replica in replicas)
 
 
 def test_the_same_seed_gives_the_same_run() -> None:

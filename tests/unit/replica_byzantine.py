@@ -243,7 +243,7 @@ def _check_copies(replica: Replica, value: Any) -> None:
     again = Replica(replica.genesis)
     row = RowWriter()
     stored = [(row.write(entry.op), entry.end - entry.start) for entry in replica.graph.counted()]
-    forks = [(fork.first.encoded, fork.second.encoded) for fork in replica.graph.forks.values()]
+    forks = [[op.encoded for op in fork.operations] for fork in replica.graph.forks.values()]
     contained = len(stored) if not forks else 0
     again.load(stored, forks, (contained, state) if contained else (0, b""))
     assert again.root() == replica.root()
@@ -282,7 +282,7 @@ def _check_copies_on(replica: Replica, checkpoint: bytes) -> None:
     assert same_value(document_value(copy), replica.value()), "loaded from the state on a checkpoint"
     again = Replica(replica.genesis)
     again.receive_checkpoint(checkpoint)
-    forks = [(fork.first.encoded, fork.second.encoded) for fork in replica.graph.forks.values()]
+    forks = [[op.encoded for op in fork.operations] for fork in replica.graph.forks.values()]
     again.load([(e.op.encoded, e.end - e.start) for e in replica.graph.counted()], forks)
     assert again.root() == replica.root()
     assert same_value(again.value(), replica.value()), "started again on a checkpoint"

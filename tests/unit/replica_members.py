@@ -8,9 +8,9 @@ from typing import Any
 from pycrdt import Doc, Map
 
 from lattica_protocols.keys import PrivateKey
+from lattica_protocols.replica.equivocation import Fork
 from lattica_protocols.replica.errors import MissingParents
 from lattica_protocols.replica.genesis import Genesis
-from lattica_protocols.replica.graph import Fork
 from lattica_protocols.replica.operation import Kind, Operation
 from lattica_protocols.replica.plain import container, to_shared
 from lattica_protocols.replica.replica import Replica

@@ -40,7 +40,7 @@ def restarted(replica: Replica, *, contained: bool = True) -> Replica:
     """What a replica with this database would be after a restart."""
     row = RowWriter()
     stored = [(row.write(entry.op), entry.end - entry.start) for entry in replica.graph.counted()]
-    forks = [(fork.first.encoded, fork.second.encoded) for fork in replica.graph.forks.values()]
+    forks = [[op.encoded for op in fork.operations] for fork in replica.graph.forks.values()]
     again = Replica(replica.genesis)
     if replica.checkpoint is not None:
         again.receive_checkpoint(replica.checkpoint.encode())

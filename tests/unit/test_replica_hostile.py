@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,7 +20,9 @@ from lattica_protocols.limits import (
     REPLICA_MAX_PRESENT,
     REPLICA_MAX_UPDATE_BYTES,
 )
-from lattica_protocols.replica.graph import Fork
+from lattica_protocols.replica.checkpoint import Checkpoint
+from lattica_protocols.replica.equivocation import Fork
+from lattica_protocols.replica.floor import ChainEnd
 from lattica_protocols.replica.messages import Kind, decode_message_untrusted, encode_message
 from lattica_protocols.replica.operation import Operation
 from lattica_protocols.replica.presence import Presence
@@ -48,9 +51,11 @@ def hear(machine: ReplicaSync[int], peer: int, kind: Kind, *fields: object, now:
 
 
 # -- checkpoints ---------------------------------------------------------------------------------------------------
-def checkpointed() -> tuple[Replica, bytes, bytes, tuple[int, int, bytes]]:
-    """A replica behind, and a checkpoint it should take: its bytes, id and rank."""
+def checkpointed(size: int = 2000) -> tuple[Replica, bytes, bytes, tuple[int, int, bytes]]:
+    """A replica behind, and a checkpoint of at least that size that it should take: its bytes, id and rank."""
     owner = member(0, SPACE)
+    for number in range(-(-size // 200_000) if size > 2000 else 0):
+        put(owner, f"{number}", "y" * 200_000)
     put(owner, "x", "y" * 2000)
     made = owner.make_checkpoint(NOW)
     return member(1, SPACE), made.encode(), made.id, made.rank
@@ -111,6 +116,50 @@ def test_what_nobody_signed_who_may_is_not_fetched_to_its_end() -> None:
     assert [fields[1] for _, fields in sent(machine, Kind.GET_CHECKPOINT)] == [0]
     hear(machine, GOOD, Kind.HELLO, bytes(32), 1, 10**6, key)
     assert sent(machine, Kind.GET_CHECKPOINT) == []
+
+
+def test_who_is_slow_on_purpose_holds_nobody_up() -> None:
+    """The true head of the checkpoint, a total of 90 MB, a piece every 9 s: nobody else was asked for 27 minutes."""
+    replica, encoded, key, rank = checkpointed(CHUNK)
+    machine = machine_of(replica)
+    hear(machine, BAD, Kind.HELLO, bytes(32), *rank)
+    total, now, asked = 90 << 20, 0.0, list[int]()
+    for number in range(8):
+        piece = encoded[:CHUNK] if not number else bytes(CHUNK)
+        hear(machine, BAD, Kind.CHECKPOINT, key, number * CHUNK, total, piece, now=now)
+        now += 9.0
+        machine.handle_timer(now, NOW + now)
+        hear(machine, GOOD, Kind.HELLO, bytes(32), *rank, now=now)
+        asked += [peer for peer, _ in sent(machine, Kind.GET_CHECKPOINT) if peer == GOOD]
+        if asked:
+            break
+    assert asked == [GOOD]
+    assert now < 60
+    for offset in range(0, len(encoded), CHUNK):
+        hear(machine, GOOD, Kind.CHECKPOINT, key, offset, len(encoded), encoded[offset : offset + CHUNK], now=now)
+    assert replica.rank() == rank
+
+
+def test_a_checkpoint_with_a_number_that_no_instance_has_is_refused() -> None:
+    owner = member(0, SPACE)
+    put(owner, "x", 1)
+    made = owner.unsigned_checkpoint(int(NOW))
+    for floor in (
+        replace(made.floor, chains={(key_of(1).public_key.data, 1 << 40): ChainEnd(0, 1, bytes(32), 1)}),
+        replace(made.floor, excluded={key_of(1).public_key.data: (0, 1 << 40)}),
+    ):
+        bad = Checkpoint.make(
+            space=made.space,
+            number=1,
+            previous=bytes(32),
+            time=1,
+            root=made.root,
+            operations=1,
+            floor=floor,
+            state=made.state,
+        ).signed(key_of(0))
+        with pytest.raises(RemoteProtocolError, match="instance out of range"):
+            member(1, SPACE).receive_checkpoint(bad.encode())
 
 
 def test_who_never_answers_is_asked_ever_less() -> None:

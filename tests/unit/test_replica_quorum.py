@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from replica_members import NOW, data, deliver, forged, key_of, put, update_of
@@ -13,7 +14,7 @@ from lattica_protocols.limits import REPLICA_MAX_PROPOSALS
 from lattica_protocols.replica.checkpoint import Checkpoint
 from lattica_protocols.replica.genesis import Genesis
 from lattica_protocols.replica.operation import Operation
-from lattica_protocols.replica.proposal import PAUSE, Proposals
+from lattica_protocols.replica.proposal import BLAME, PAUSE, Proposals
 from lattica_protocols.replica.replica import Replica
 from lattica_protocols.replica.sync import ReplicaSync
 
@@ -163,10 +164,33 @@ def test_what_a_signer_does_not_find_itself_it_does_not_sign() -> None:
     assert signer.receive_untrusted(lie.header, lie.signatures) is not None
     assert signer.settle(0.0) == ([], None)
     assert signer.receive_untrusted(honest.header, honest.signed(key_of(1)).signatures) is not None
-    signed, complete = signer.settle(PAUSE)
+    signed, complete = signer.settle(BLAME[0])
     assert len(signed) == 1
     assert complete is not None
     assert complete.header == honest.header
+
+
+def test_a_signer_that_lies_keeps_nobody_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each proposal made the whole document anew, again every few seconds."""
+    genesis = space_of(2, 3)
+    one, two = (Replica(genesis, key=key_of(number), instance=7) for number in (1, 2))
+    deliver(two, put(one, "a", 1))
+    made: list[bytes] = []
+    at_heads = two.at_heads
+    monkeypatch.setattr(two, "at_heads", lambda heads: (made.append(b""), at_heads(heads))[1])
+    signer = Proposals(two)
+    for number in range(100):
+        lie = replace(one.unsigned_checkpoint(int(NOW)).floor, former=frozenset([number.to_bytes(32, "big")]))
+        header = Checkpoint.make(
+            space=genesis.id, number=1, previous=bytes(32), time=int(NOW), root=one.root(), operations=1, floor=lie,
+            state=one.doc.get_update(),
+        ).signed(key_of(1))  # fmt: skip
+        signer.receive_untrusted(header.header, header.signatures)
+        signer.settle(number * PAUSE, again=True)
+    assert len(made) < 8
+    honest = two.unsigned_checkpoint(int(NOW)).signed(key_of(3))  # of another, nothing is held against it
+    signer.receive_untrusted(honest.header, honest.signatures)
+    assert len(signer.settle(100 * PAUSE)[0]) == 1
 
 
 def test_strangers_and_the_owner_propose_nothing() -> None:

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from blake3 import blake3
 from replica_members import NOW, deliver, forged, genesis, key_of, member, put, update_of
 from test_replica_placement import WRONG
 
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.replica.checkpoint import Checkpoint
 from lattica_protocols.replica.client_ids import client_id, forked_client
+from lattica_protocols.replica.equivocation import Crowd, Fork
 from lattica_protocols.replica.genesis import Genesis, provider_key, space_text
-from lattica_protocols.replica.graph import Fork
 from lattica_protocols.replica.messages import Kind as MessageKind
 from lattica_protocols.replica.messages import decode_message_untrusted, encode_message
 from lattica_protocols.replica.operation import Kind, Operation
@@ -47,6 +48,10 @@ def make() -> dict[str, Any]:
     twins = [forged(a, update_of(a, "worker", value)) for value in ("b", "c")]
     forked = Replica(space)
     deliver(forked, *ops, *twins)
+    firsts = [forged(a, b"", instance=number, parents=[], seq=0) for number in range(65)]
+    crowded = Replica(space)
+    deliver(crowded, *ops, *firsts)
+    crowd = encode_message(MessageKind.FORKS, space.id, [[op.encoded for op in firsts]])
     checkpoint = owner.make_checkpoint(NOW)
     presence = Presence(space.id).announce(key_of(1), b'{"layers":"0-11"}', 0.0, NOW)
     machine: ReplicaSync[int] = ReplicaSync(owner, random.Random(1), 0.0)
@@ -80,6 +85,16 @@ def make() -> dict[str, Any]:
             "excluded": _key(1).hex(),
             "root": forked.root().hex(),
             "document": forked.value(),
+        },
+        "crowd": {
+            "author": _key(1).hex(),
+            "instances": "0 to 64",
+            "time": firsts[0].time,
+            "first": firsts[0].encoded.hex(),
+            "message_blake3": blake3(crowd).hexdigest(),
+            "place": list(Crowd(firsts).place),
+            "root": crowded.root().hex(),
+            "document": crowded.value(),
         },
         "tree": [{"ids": [each.hex() for each in ids[:n]], "root": MerkleTree(ids[:n]).root().hex()} for n in range(6)],
         "proof": {"bytes": proof.hex(), "operation": ops[0].id.hex(), "root": root.hex()},

@@ -53,10 +53,19 @@ TOO_MUCH = {
 }
 
 
+def started(number: int) -> Replica:
+    """A member with an empty operation: the first one of a chain has to be short."""
+    author = member(number, SPACE)
+    deliver(author, forged(author, b""))
+    return author
+
+
 @pytest.mark.parametrize("name", TOO_MUCH)
 def test_one_more_than_the_limit_is_refused(name: str) -> None:
+    author, replica = started(1), Replica(SPACE)
+    deliver(replica, *[entry.op for entry in author.graph.counted()])
     with pytest.raises(RemoteProtocolError, match=r"more than \d+ (places|items)"):
-        Replica(SPACE).receive_operation(forged(member(1, SPACE), TOO_MUCH[name]), NOW)
+        replica.receive_operation(forged(author, TOO_MUCH[name]), NOW)
 
 
 FITS = {
@@ -74,8 +83,9 @@ FITS = {
 
 @pytest.mark.parametrize("name", FITS)
 def test_what_costs_little_is_taken(name: str) -> None:
-    replica = Replica(SPACE)
-    replica.receive_operation(forged(member(1, SPACE), FITS[name]), NOW)
+    author, replica = started(1), Replica(SPACE)
+    deliver(replica, *[entry.op for entry in author.graph.counted()])
+    replica.receive_operation(forged(author, FITS[name]), NOW)
     assert replica.value()
 
 
@@ -129,7 +139,7 @@ def test_a_transaction_that_is_too_much_for_one_operation_becomes_several() -> N
 
 
 def test_a_transaction_that_fits_stays_one_operation() -> None:
-    writer = member(1, SPACE)
+    writer = started(1)
     made = write(
         writer, lambda replica: container(replica.doc, "l:x").extend([to_shared({"a": [n]}) for n in range(500)])
     )
@@ -146,7 +156,8 @@ def cost(replica: Replica, op: Operation) -> float:
 
 def test_the_costliest_operations_on_a_list_of_100_000_do_not_stall_a_daemon() -> None:
     low, high = sorted((1, 2), key=lambda number: CLIENTS[number])
-    filling, replica = member(low, SPACE), Replica(SPACE)
+    filling, replica = started(low), Replica(SPACE)
+    deliver(replica, *[entry.op for entry in filling.graph.counted()])
     clock = 0
     while clock < 100_000:
         items = [b"\x87" + U(CLIENTS[low]) + U(max(0, clock + n - 1)) + b"\0" for n in range(REPLICA_MAX_STRUCTS)]
@@ -164,7 +175,8 @@ def test_the_costliest_operations_on_a_list_of_100_000_do_not_stall_a_daemon() -
 
 def test_after_a_restart_the_places_of_many_operations_are_learned_once() -> None:
     """Each of an update's items or deletions may name an operation of its own; 4,096 took 12 s."""
-    author, other = member(2, SPACE), member(1, SPACE)
+    author, other = member(2, SPACE), started(1)
+    first = other.graph.counted()[0].op
     for number in range(2000):
         put(author, f"{number:04}", number)
     stored = [(entry.op.encoded, entry.end - entry.start) for entry in author.graph.counted()]
@@ -175,4 +187,5 @@ def test_after_a_restart_the_places_of_many_operations_are_learned_once() -> Non
     for body in (overwriting, deletions):
         replica = Replica(SPACE)
         replica.load(stored)
+        deliver(replica, first)
         assert cost(replica, forged(other, body)) < SECONDS

@@ -4,6 +4,7 @@
     operation     one signed, hash-linked edit or change of the writer set
     update        what an edit may contain: checks (and renames ids in) yrs updates
     membership    who may write, as a function of the operations before
+    equivocation  what proves that an author cheated
     graph         the DAG: admission, forks, removals, which operations count
     tree          the Merkle tree behind the root
     replica       graph and document together; the local side writes here

@@ -299,6 +299,11 @@ def _check_numbers(*numbers: object) -> None:
             raise RemoteProtocolError("checkpoint with a number out of range")
 
 
+def _check_instance(instance: int) -> None:
+    if instance >= 1 << 32:
+        raise RemoteProtocolError("checkpoint with an instance out of range")
+
+
 def _keys(keys: Sequence[object]) -> frozenset[bytes]:
     return frozenset(_check_key(key) for key in keys)
 
@@ -307,6 +312,7 @@ def _chains(chains: Sequence[Any]) -> dict[tuple[bytes, int], ChainEnd]:
     out = {}
     for author, instance, seq, end, last, time in chains:
         _check_numbers(instance, seq, end, time)
+        _check_instance(instance)
         out[_check_key(author), instance] = ChainEnd(seq, end, _check_key(last), time)
     return out
 
@@ -315,6 +321,7 @@ def _excluded(excluded: Sequence[Any]) -> dict[bytes, tuple[int, int]]:
     out = {}
     for author, seq, instance in excluded:
         _check_numbers(seq, instance)
+        _check_instance(instance)
         out[_check_key(author)] = (seq, instance)
     return out
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 COVERED_PREFIX = 8
 """Bytes of an operation's id by which a covered one is recognised."""
@@ -21,7 +22,7 @@ class ChainEnd:
     time: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Floor:
     """The state that operations build on: empty for a new space, else a checkpoint's."""
 
@@ -45,6 +46,17 @@ class Floor:
     @classmethod
     def empty(cls, owner: bytes, writers: Iterable[bytes]) -> Floor:
         return cls(frozenset([owner]), frozenset(writers))
+
+    @cached_property
+    def _renamed_of(self) -> dict[int, list[tuple[int, int, int, int]]]:
+        out: dict[int, list[tuple[int, int, int, int]]] = {}
+        for row in self.renamed:
+            out.setdefault(row[0], []).append(row)
+        return out
+
+    def renamed_of(self, client: int) -> Sequence[tuple[int, int, int, int]]:
+        """The rows of `renamed` of one client."""
+        return self._renamed_of.get(client, ())
 
     def covers(self, operation: bytes) -> bool:
         """Whether the checkpoint replaced this operation."""

@@ -25,17 +25,21 @@ from lattica_protocols.limits import (
     REPLICA_MAX_ADMIN_OPERATIONS,
     REPLICA_MAX_CLOCK_SKEW,
     REPLICA_MAX_CUTS,
+    REPLICA_MAX_FIRST_BYTES,
     REPLICA_MAX_INSTANCES,
     REPLICA_MAX_LIMBO,
+    REPLICA_MAX_LIMBO_LINKS,
     REPLICA_MAX_UPDATE_BYTES,
     REPLICA_MAX_WRITERS,
 )
 from lattica_protocols.replica.client_ids import ClientIds, client_id, forked_client
+from lattica_protocols.replica.equivocation import Crowd, Equivocation, Fork
 from lattica_protocols.replica.errors import MissingParents, NotYet, Refused
 from lattica_protocols.replica.floor import Floor
 from lattica_protocols.replica.membership import Membership, MembershipTable
 from lattica_protocols.replica.operation import Kind, Operation
 from lattica_protocols.replica.placement import Find, Placement, Places
+from lattica_protocols.replica.scope import Scope
 from lattica_protocols.replica.update import ParsedUpdate, Piece, Reference, TooMuch, parse_update_untrusted
 
 Chain = tuple[bytes, int]
@@ -44,10 +48,13 @@ Past = dict["Branch", int]
 """The highest `seq` of each branch in somebody's past: with the branch, all of it up to there."""
 
 
+_MARK_EVERY = 256
+
+
 class Branch:
     """A line of operations of one chain. A chain has one, and one more for each fork."""
 
-    __slots__ = ("base", "chain", "client", "ends", "entries", "first_seq", "past", "start")
+    __slots__ = ("base", "chain", "client", "ends", "entries", "first_seq", "marks", "past", "start")
 
     def __init__(self, chain: Chain, client: int, base: Entry | None, first_seq: int, start: int) -> None:
         self.chain = chain
@@ -62,16 +69,36 @@ class Branch:
         """Clock behind each entry."""
         self.past: Past = {}
         """The past of the last entry, itself included."""
+        self.marks: list[Past] = []
+        """That of every 256th: the past of one in the middle of a long branch is a walk from the mark before it."""
 
     def add(self, entry: Entry, past: Past) -> None:
         self.entries.append(entry)
         self.ends.append(entry.end)
+        self.past = past
+        if len(self.entries) % _MARK_EVERY == 0:
+            self.marks.append(past)
+
+    def mark_before(self, seq: int) -> tuple[int, Past]:
+        """The last mark that the operation `seq` has in its past or is itself: its `seq`, and its past."""
+        marks = (seq - self.first_seq + 1) // _MARK_EVERY
+        return (self.first_seq + marks * _MARK_EVERY - 1, self.marks[marks - 1]) if marks else (-1, {})
+
+    def keep(self, count: int, past: Past) -> None:
+        """Forget all entries but the first ones; `past`: that of the last one left."""
+        del self.entries[count:], self.ends[count:], self.marks[count // _MARK_EVERY :]
         self.past = past
 
     def at_clock(self, clock: int) -> Entry | None:
         """The operation with the item `clock`."""
         index = bisect_right(self.ends, clock)
         return self.entries[index] if clock >= self.start and index < len(self.entries) else None
+
+
+def _merge(past: Past, other: Past) -> None:
+    for branch, reached in other.items():
+        if past.get(branch, -1) < reached:
+            past[branch] = reached
 
 
 class Entry:
@@ -110,32 +137,6 @@ class Entry:
         """Where its items stand; None: not looked at yet."""
 
 
-class Fork:
-    """Proof that an author equivocated: two operations with one place in one chain."""
-
-    __slots__ = ("first", "second")
-
-    def __init__(self, first: Operation, second: Operation) -> None:
-        self.first, self.second = sorted((first, second), key=lambda op: op.id)
-
-    @property
-    def author(self) -> bytes:
-        return self.first.author
-
-    @property
-    def place(self) -> tuple[int, int]:
-        """(seq, instance): of several proofs against an author the one with the smallest place decides."""
-        return self.first.seq, self.first.instance
-
-    def check_untrusted(self, space: bytes) -> None:
-        """Two signed operations, different, of one author, instance and seq."""
-        first, second = self.first, self.second
-        if first.chain != second.chain or first.seq != second.seq or first.id == second.id:
-            raise Refused("the two operations are no fork")
-        if not first.check_signature(space) or not second.check_signature(space):
-            raise Refused("a fork with a wrong signature")
-
-
 class Admission:
     """What an admitted operation (or a proof) changed."""
 
@@ -147,7 +148,7 @@ class Admission:
         """Operations that count now and did not, in an order in which they can be applied."""
         self.rebuild = False
         """Something that counted does not any more, or got another name: the document is to be made anew."""
-        self.fork: Fork | None = None
+        self.fork: Equivocation | None = None
         """A proof that is new."""
 
 
@@ -160,19 +161,22 @@ class Graph:
         self.entries: dict[bytes, Entry] = {}
         self.heads: set[bytes] = set(self.floor.heads)
         """Operations that count and that no other that counts is linked to."""
-        self.forks: dict[bytes, Fork] = {}
+        self.forks: dict[bytes, Equivocation] = {}
         """Equivocators, with the proof that decides."""
         self.chains: dict[Chain, list[Branch]] = {}
         self.table = MembershipTable(self.floor.owners, self.floor.writers, self.floor.former)
         self.renamed: dict[int, Entry] = {}
         """Operations by the client ids that their items have, or would have if they counted, instead of the chain's."""
         self.client_ids = ClientIds(self.floor.chains)
-        self._instances: dict[bytes, int] = {}
+        self._firsts: dict[bytes, dict[int, Operation]] = {}
+        """The first operations of each author's instances."""
         self._removals: dict[bytes, list[tuple[Entry, Past]]] = {}
         self._changes = 0
         self._order = 0
         self.limbo = 0
         """Admitted operations that do not count."""
+        self._limbo_links = 0
+        """Branches in their pasts and beside them, all together."""
         self._counted_membership: Membership | None = None
         self.placement = Placement(self.floor.state, self._find_from)
 
@@ -234,7 +238,7 @@ class Graph:
             raise NotYet(f"its time is {op.time - unix_now:.0f} s ahead of ours")
         if not trusted and not op.check_signature(self.space):
             raise Refused("wrong signature")
-        previous, start = self._previous(op)
+        previous, start = self._previous(op, trusted)
         parents = tuple(self.entries[p] for p in op.parents if p in self.entries)
         before = self._membership_before(parents)
         self._check_right(op, before)
@@ -247,21 +251,22 @@ class Graph:
         if span is not None:
             entry.end = span[1]
         elif op.kind == Kind.EDIT and op.body:
-            parsed = self._check_update(op, branch, start, past)
+            scope = Scope(past, self.client_ids, self.floor)
+            parsed = self._check_update(op, branch, start, scope)
             if parsed.end > parsed.start:
                 entry.end = parsed.end
-                entry.places = self._check_places(op, past, parsed.deletions)
+                entry.places = self._check_places(op, scope, parsed.deletions)
             elif len(parsed.deletions) > REPLICA_MAX_CUTS:
-                self._check_places(op, past, parsed.deletions)
+                self._check_places(op, scope, parsed.deletions)
         return self._insert(entry, past)
 
-    def _previous(self, op: Operation) -> tuple[Entry | None, int]:
+    def _previous(self, op: Operation, trusted: bool) -> tuple[Entry | None, int]:
         """The operation before `op` in its chain (None: `op` is the first, or it is covered), and its clock."""
         ended = self.floor.chains.get(op.chain)
         if op.seq == 0:
             if ended is not None:
                 raise Refused("this place of the chain is covered by the checkpoint: another operation is there")
-            self._check_new_chain(op)
+            self._check_first(op, trusted)
             return None, 0
         previous = self.entries.get(op.parents[0])
         if previous is None:
@@ -276,13 +281,13 @@ class Graph:
             raise Refused("its time is before that of the operation before it")
         return previous, previous.end
 
-    def _check_new_chain(self, op: Operation) -> None:
+    def _check_first(self, op: Operation, trusted: bool) -> None:
+        if len(op.encoded) > REPLICA_MAX_FIRST_BYTES and not trusted:
+            raise Refused(f"the first operation of a chain has {len(op.encoded)} bytes, over {REPLICA_MAX_FIRST_BYTES}")
         if op.chain in self.chains:
             return
         if client_id(*op.chain) in self.client_ids.floor:
             raise Refused("its client id is that of a chain which the checkpoint has")
-        if self._instances.get(op.author, 0) >= REPLICA_MAX_INSTANCES:
-            raise Refused(f"the author has {REPLICA_MAX_INSTANCES} chains already")
 
     def _membership_before(self, parents: Sequence[Entry]) -> Membership:
         if not parents:
@@ -328,17 +333,19 @@ class Graph:
             if known >= seq:
                 continue
             if branch.entries[-1] is entry and len(branch.past) > 1:
-                for other, reached in branch.past.items():
-                    if past.get(other, -1) < reached:
-                        past[other] = reached
+                _merge(past, branch.past)
                 continue
+            marked, before = branch.mark_before(seq)
+            if marked > known:
+                _merge(past, before)
+                known = marked
             past[branch] = seq
             first = max(known + 1, branch.first_seq)
             for earlier in branch.entries[first - branch.first_seq : seq - branch.first_seq + 1]:
                 stack += [parent for parent in earlier.parents if parent.branch is not branch]
 
     # -- references -----------------------------------------------------------------------------------------
-    def _check_update(self, op: Operation, branch: Branch, start: int, past: Past) -> ParsedUpdate:
+    def _check_update(self, op: Operation, branch: Branch, start: int, scope: Scope) -> ParsedUpdate:
         """Its items are those of its chain's client, contiguous, and everything they name is in its past."""
         parsed = parse_update_untrusted(op.body)
         if parsed.end > parsed.start:
@@ -349,20 +356,20 @@ class Graph:
         own_end = parsed.end if parsed.end > parsed.start else start
         for client, clock in parsed.references:
             if client != branch.client or not start <= clock < own_end:
-                self._resolve(client, clock, 1, past)
+                self._check_known(client, clock, 1, scope)
         for client, clock, length in parsed.deletions:
             if client == branch.client and clock + length > start:
                 if clock + length > own_end:
                     raise Refused("it deletes items that are not there yet")
                 length = start - clock
             if length > 0:
-                self._resolve(client, clock, length, past)
+                self._check_known(client, clock, length, scope)
         return parsed
 
-    def _check_places(self, op: Operation, past: Past, deletions: Sequence[Piece]) -> Places:
+    def _check_places(self, op: Operation, scope: Scope, deletions: Sequence[Piece]) -> Places:
         try:
             return self.placement.check_untrusted(
-                op.body, lambda client, clock: self._find(client, clock, past), deletions, op.id
+                op.body, lambda client, clock: self._find(client, clock, scope), deletions, op.id
             )
         except RemoteProtocolError as error:
             raise Refused(str(error)) from None
@@ -383,99 +390,74 @@ class Graph:
         return self._find(client, clock, None)
 
     def _find_from(self, entry: Entry) -> Find:
-        past: Past | None = None
+        scope: Scope | None = None
 
         def find(client: int, clock: int) -> Entry | Reference:
-            nonlocal past
-            if past is None and self.is_forked(client):
-                past = self.past_of(entry)
-            return self._find(client, clock, past)
+            nonlocal scope
+            if scope is None and self.is_forked(client):
+                scope = self.scope_of(entry)
+            return self._find(client, clock, scope)
 
         return find
 
-    def _find(self, client: int, clock: int, past: Past | None) -> Entry | Reference:
-        """The operation with an item that is known to be there. `past` None: as the document names it."""
+    def _find(self, client: int, clock: int, scope: Scope | None) -> Entry | Reference:
+        """The operation with an item that is known to be there. `scope` None: as the document names it."""
         branches = self.client_ids.branches(client)
         if len(branches) == 1 and not self.any_renamed and clock >= branches[0].start:
             return branches[0].entries[bisect_right(branches[0].ends, clock)]
         renamed = self.renamed.get(client)
         if renamed is not None:
             return renamed
-        found = self._candidates(client, clock)
-        if len(found) > 1:
-            found = [
-                each
-                for each in found
-                if each[2] is None
-                or (not self.is_renamed(each[2]) if past is None else past.get(each[2].branch, -1) >= each[2].op.seq)
-            ]
-        if not found or found[0][2] is None:
-            return (found[0][0] if found else client), clock
-        return found[0][2]
+        if scope is not None:
+            stretch = scope.find(client, clock)
+            found = None if stretch is None else stretch.entry(clock)
+            name = client if stretch is None else stretch.name
+            return (name, clock) if found is None else found
+        if clock >= self.floor.vector.get(client, 0):
+            for branch in branches:
+                entry = branch.at_clock(clock)
+                if entry is not None and not self.is_renamed(entry):
+                    return entry
+        return client, clock
 
-    def _resolve(self, client: int, clock: int, length: int, past: Past) -> list[Piece]:
-        """Under which names the document has these items. Raises when they are not all in `past`."""
+    def _check_known(self, client: int, clock: int, length: int, scope: Scope) -> None:
+        """Raises when these items are not all in the past, or a fork has two of them there."""
         end = clock + length
+        past = scope.past
         entry = self.renamed.get(client)
         if entry is not None:
             if past.get(entry.branch, -1) < entry.op.seq or clock < entry.start or end > entry.end:
                 raise Refused("it names items that are not in its past")
             if not self._after_fork(entry.op) and not self.client_ids.shows(entry.branch, past):
                 raise NotYet("it names items under a client id that they do not have")
-            return [(client, clock, length)]
-        found: list[Piece] = []
-        floor_end = self.floor.vector.get(client, 0)
-        if clock < floor_end:
-            found.append((client, clock, min(end, floor_end) - clock))
-            clock = min(end, floor_end)
+            return
         branches = self.client_ids.branches(client)
-        if len(branches) == 1 and clock < end:
+        if len(branches) == 1 and clock >= self.floor.vector.get(client, 0) and not self.floor.renamed_of(client):
             # The usual case: no fork, the range is in one branch.
             branch = branches[0]
             seq = past.get(branch, -1)
-            if (
-                seq >= 0
-                and not self.any_renamed
-                and branch.start <= clock
-                and end <= branch.ends[seq - branch.first_seq]
-            ):
-                found.append((client, clock, end - clock))
-                clock = end
+            if seq >= 0 and branch.start <= clock and end <= branch.ends[seq - branch.first_seq]:
+                return
         while clock < end:
-            name, stop = self._resolve_one(client, clock, past)
-            stop = min(end, stop)
-            found.append((name, clock, stop - clock))
-            clock = stop
-        return found
-
-    def _resolve_one(self, client: int, clock: int, past: Past) -> tuple[int, int]:
-        """The name of the item, and the clock up to which the items behind it have the same one."""
-        found = [
-            each
-            for each in self._candidates(client, clock)
-            if each[2] is None or past.get(each[2].branch, -1) >= each[2].op.seq
-        ]
-        if not found:
-            if not self.client_ids.branches(client) and client not in self.floor.vector:
-                raise NotYet("it names items of a client that is not known here")
-            raise Refused("it names items that are not in its past")
-        if len(found) > 1:
-            raise Refused("it names items of which a fork has two")
-        return found[0][:2]
+            stretch = scope.find(client, clock)
+            if stretch is None:
+                if not branches and client not in self.floor.vector:
+                    raise NotYet("it names items of a client that is not known here")
+                raise Refused("it names items that are not in its past")
+            if stretch.several:
+                raise Refused("it names items of which a fork has two")
+            clock = stretch.end
 
     def is_forked(self, client: int) -> bool:
         """Whether items of this client may have another name in the document."""
         return (
             self.client_ids.may_rename(client)
             or any(self.excluded(branch.chain[0]) for branch in self.client_ids.branches(client))
-            or any(row[0] == client for row in self.floor.renamed)
+            or bool(self.floor.renamed_of(client))
         )
 
-    def pieces(self, own: Entry, client: int, clock: int, length: int) -> list[Piece]:
-        """How a range of items that the admitted operation `own` names is called in the document.
-
-        The past of `own`, a walk over the graph, is needed only where a fork has two items of one name.
-        """
+    def pieces(self, own: Entry, scope: Scope, client: int, clock: int, length: int) -> list[Piece]:
+        """How a range of items that the admitted operation `own`, with this scope, names is called in the document."""
         if not self.is_forked(client):
             return [(client, clock, length)]
         out: list[Piece] = []
@@ -484,31 +466,22 @@ class Graph:
             inside = max(clock, own.start)
             out.append((forked_client(own.op.id) if self.is_renamed(own) else client, inside, end - inside))
             end = inside
-        past: Past | None = None
         while clock < end:
-            found = self._candidates(client, clock)
-            if len(found) > 1:
-                past = past if past is not None else self.past_of(own)
-                found = [each for each in found if each[2] is None or past.get(each[2].branch, -1) >= each[2].op.seq]
-            name, stop, _ = found[0]
-            out.append((name, clock, min(end, stop) - clock))
-            clock = min(end, stop)
+            stretch = scope.find(client, clock)
+            assert stretch is not None, "an admitted operation names items that are not in its past"
+            entry = stretch.entry(clock)
+            name = stretch.name
+            stop = min(end, stretch.end)
+            if entry is not None:
+                name = forked_client(entry.op.id) if self.is_renamed(entry) else client
+                stop = min(stop, entry.end)
+            out.append((name, clock, stop - clock))
+            clock = stop
         return out
 
-    def _candidates(self, client: int, clock: int) -> list[tuple[int, int, Entry | None]]:
-        """The items that may be meant: (name in the document, clock behind those with the same, operation)."""
-        found: list[tuple[int, int, Entry | None]] = []
-        floor_end = self.floor.vector.get(client, 0)
-        if clock < floor_end:
-            return [(client, floor_end, None)]
-        for branch in self.client_ids.branches(client):
-            entry = branch.at_clock(clock)
-            if entry is not None:
-                found.append((forked_client(entry.op.id) if self.is_renamed(entry) else client, entry.end, entry))
-        for renamed, start, end, name in self.floor.renamed:
-            if renamed == client and start <= clock < end:
-                found.append((name, end, None))
-        return found
+    def scope_of(self, entry: Entry) -> Scope:
+        """What names mean in an admitted operation."""
+        return Scope(self.past_of(entry), self.client_ids, self.floor)
 
     def past_of(self, entry: Entry) -> Past:
         """Everything before `entry`, and itself. A walk over the graph: for forks only."""
@@ -540,8 +513,7 @@ class Graph:
         return bool(self.forks or self.floor.excluded or self.floor.renamed or ids.shared or ids.collided)
 
     def _after_fork(self, op: Operation) -> bool:
-        fork = self.forks.get(op.author)
-        place = fork.place if fork is not None else self.floor.excluded.get(op.author)
+        place = self._place_of(op.author)
         return place is not None and (op.instance != place[1] or op.seq >= place[0])
 
     def _insert(self, entry: Entry, past: Past) -> Admission:
@@ -549,14 +521,13 @@ class Graph:
         admission = Admission(entry)
         branches = self.chains.setdefault(op.chain, [])
         if branch not in branches:
-            if not branches:
-                self._instances[op.author] = self._instances.get(op.author, 0) + 1
             branches.append(branch)
             for other in self.client_ids.add(branch):
                 self.renamed[forked_client(other.op.id)] = other
         entry.order = self._order
         self._order += 1
         past[branch] = op.seq
+        self._limbo_links += len(past) - len(branch.past) + len(branches)
         branch.add(entry, past)
         self.entries[op.id] = entry
         self.limbo += 1
@@ -572,18 +543,32 @@ class Graph:
                 recount = self._note_removal(entry, past)
         if self._after_fork(op) or self.client_ids.may_rename(branch.client):
             self.renamed[forked_client(op.id)] = entry
-        twin = self._twin(branch, op.seq)
-        if twin is not None:
-            admission.fork = self._take_fork(Fork(twin.op, op))
+        proof = self._proof(branch, op)
+        if proof is not None:
+            admission.fork = self._take_fork(proof)
             recount = recount or admission.fork is not None
         if recount:
             self._recount(admission)
         elif not self.is_void(entry):
             self._count(entry, admission.counted)
             admission.rebuild = self.client_ids.note_counted(admission.counted)
-        if self.limbo > REPLICA_MAX_LIMBO:
+        if not self.limbo:
+            self._limbo_links = 0
+        elif self.limbo > REPLICA_MAX_LIMBO or self._limbo_links > REPLICA_MAX_LIMBO_LINKS:
             self.forget_limbo()
         return admission
+
+    def _proof(self, branch: Branch, op: Operation) -> Equivocation | None:
+        """What `op` and those that are here prove against its author."""
+        twin = self._twin(branch, op.seq)
+        if twin is not None:
+            return Fork(twin.op, op)
+        if op.seq:
+            return None
+        firsts = self._firsts.setdefault(op.author, {})
+        if len(firsts) <= REPLICA_MAX_INSTANCES:
+            firsts[op.instance] = op
+        return Crowd(firsts.values()) if len(firsts) > REPLICA_MAX_INSTANCES else None
 
     def _twin(self, branch: Branch, seq: int) -> Entry | None:
         """Another operation at `seq` of the same chain."""
@@ -594,8 +579,7 @@ class Graph:
 
     def would_move_fork(self, op: Operation) -> bool:
         """Whether `op` would show that its author, who is excluded, equivocated earlier than was known."""
-        fork = self.forks.get(op.author)
-        place = fork.place if fork is not None else self.floor.excluded.get(op.author)
+        place = self._place_of(op.author)
         if place is None or place <= (op.seq, op.instance) or op.id in self.entries:
             return False
         return any(0 <= op.seq - branch.first_seq < len(branch.entries) for branch in self.chains.get(op.chain, ()))
@@ -615,26 +599,33 @@ class Graph:
                     changed = changed or entry.counted
         return changed
 
-    def add_fork_untrusted(self, fork: Fork) -> Admission:
+    def add_fork_untrusted(self, fork: Equivocation) -> Admission:
         """Take a proof. Changes nothing when it says nothing new. Raises `Refused` or `NotYet`."""
-        fork.check_untrusted(self.space)
         author = fork.author
+        place = self._place_of(author)
+        if place is not None and place <= fork.place:
+            return Admission()
         if not any(chain[0] == author for chain in self.chains) and author not in self.membership().writers:
-            raise NotYet("a fork of somebody who is no writer here")
+            raise NotYet("a proof against somebody who is no writer here")
+        fork.check_untrusted(self.space)
         admission = Admission()
         admission.fork = self._take_fork(fork)
         if admission.fork is not None:
             self._recount(admission)
         return admission
 
-    def restore_forks(self, forks: Iterable[Fork]) -> None:
+    def restore_forks(self, forks: Iterable[Equivocation]) -> None:
         """Put back proofs that were checked, into a graph that has no operations yet."""
         for fork in forks:
             self._take_fork(fork)
 
-    def _take_fork(self, fork: Fork) -> Fork | None:
-        known = self.forks.get(fork.author)
-        place = known.place if known is not None else self.floor.excluded.get(fork.author)
+    def _place_of(self, author: bytes) -> tuple[int, int] | None:
+        """From where on `author` is excluded: (seq, instance)."""
+        known = self.forks.get(author)
+        return known.place if known is not None else self.floor.excluded.get(author)
+
+    def _take_fork(self, fork: Equivocation) -> Equivocation | None:
+        place = self._place_of(fork.author)
         if place is not None and place <= fork.place:
             return None
         self.forks[fork.author] = fork
@@ -692,17 +683,14 @@ class Graph:
         for branches in self.chains.values():
             for branch in branches:
                 branch.past = {b: s for b, s in branch.past.items() if b.entries}
-        self.limbo = 0
+        self.limbo = self._limbo_links = 0
 
     def _cut_chain(self, chain: Chain) -> None:
         for branch in self.chains[chain]:
-            kept = [entry for entry in branch.entries if entry.counted]
-            if len(kept) != len(branch.entries):
-                branch.entries = kept
-                branch.ends = [entry.end for entry in kept]
-                branch.past = self.past_of(kept[-1]) if kept else {}
+            kept = sum(entry.counted for entry in branch.entries)  # the first ones
+            if kept != len(branch.entries):
+                branch.keep(kept, self.past_of(branch.entries[kept - 1]) if kept else {})
         self.chains[chain] = [branch for branch in self.chains[chain] if branch.entries]
         self.client_ids.cut(client_id(*chain))
         if not self.chains[chain]:
             del self.chains[chain]
-            self._instances[chain[0]] -= 1

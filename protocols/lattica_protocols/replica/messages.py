@@ -11,7 +11,7 @@ the tag is the first 8 bytes of the space's id, which whoever holds the space kn
                                                                     pushed; others want an ACK
     4 ACK             batch
     5 WANT            [id, …]                                       parents that are missing
-    6 FORKS           [[operation, operation], …]                   proofs of equivocation
+    6 FORKS           [[operation, …], …]                           proofs of equivocation (`equivocation`)
     7 GET_CHECKPOINT  id, offset
     8 CHECKPOINT      id, offset, total, bytes
     9 PRESENCE        [[key, time, info, signature], …]
@@ -39,6 +39,7 @@ from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.limits import (
     REPLICA_BATCH_OPERATIONS,
     REPLICA_MAX_CHECKPOINT_BYTES,
+    REPLICA_MAX_INSTANCES,
     REPLICA_MAX_MESSAGE_BYTES,
     REPLICA_MAX_PRESENCE_BYTES,
     REPLICA_MAX_PRESENT,
@@ -155,7 +156,7 @@ _SHAPES: dict[int, tuple[_Check, ...]] = {
     Kind.OPERATIONS: (_is_number, _list(_SOME_BYTES, REPLICA_BATCH_OPERATIONS)),
     Kind.ACK: (_is_number,),
     Kind.WANT: (_list(_is_hash, REPLICA_MAX_WANTED),),
-    Kind.FORKS: (_list(_row(_SOME_BYTES, _SOME_BYTES), MAX_FORKS),),
+    Kind.FORKS: (_list(_list(_SOME_BYTES, REPLICA_MAX_INSTANCES + 1), MAX_FORKS),),
     Kind.GET_CHECKPOINT: (_is_hash, _is_number),
     Kind.CHECKPOINT: (
         _is_hash,

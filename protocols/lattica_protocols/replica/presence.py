@@ -5,7 +5,8 @@
 An empty info says that the member is gone. A newer time replaces an older one. An announcement counts for 30 s from
 when it was first heard here, so clocks need not agree; `time` only orders those of one member. One that is 10 minutes
 off our clock is refused, and the time of a member's last one is remembered for so long: whoever keeps an announcement
-cannot make a dead member look alive. When there are too many, those of writers push out those of others.
+cannot make a dead member look alive. Each is passed on by everybody, so a member has one a second in the long run. When
+there are too many, those of writers push out those of others.
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ from nacl.bindings import crypto_sign_open
 from nacl.exceptions import BadSignatureError
 
 from lattica_protocols.keys import PrivateKey
-from lattica_protocols.limits import REPLICA_MAX_CLOCK_SKEW, REPLICA_MAX_PRESENT, REPLICA_PRESENCE_SECONDS
+from lattica_protocols.limits import (
+    REPLICA_MAX_CLOCK_SKEW,
+    REPLICA_MAX_PRESENT,
+    REPLICA_PRESENCE_BURST,
+    REPLICA_PRESENCE_SECONDS,
+)
 
 _DOMAIN = b"lattica-presence-1"
 Record = tuple[bytes, int, bytes, bytes]
@@ -42,6 +48,8 @@ class Presence:
         self._members: dict[bytes, Present] = {}
         self._last: dict[bytes, int] = {}
         """Times of the last announcements, also of members that are gone."""
+        self._allowed: dict[bytes, tuple[float, float]] = {}
+        """How many more of each were passed on at once, and when that was so."""
 
     def announce(self, key: PrivateKey, info: bytes, now: float, unix_now: float) -> Record:
         """Our own announcement. Empty `info`: we are gone."""
@@ -73,6 +81,10 @@ class Presence:
             return False
         if key not in self._members and len(self._members) >= REPLICA_MAX_PRESENT and key not in writers:
             return False
+        left, at = self._allowed.get(key, (REPLICA_PRESENCE_BURST, now))
+        left = min(REPLICA_PRESENCE_BURST, left + now - at)
+        if left < 1:
+            return False
         try:
             crypto_sign_open(signature + _DOMAIN + self._space + time.to_bytes(8, "big") + info, key)
         except (BadSignatureError, ValueError):
@@ -80,6 +92,7 @@ class Presence:
         if info and key not in self._members and len(self._members) >= REPLICA_MAX_PRESENT:
             del self._members[next((each for each in self._members if each not in writers), next(iter(self._members)))]
         self._note(key, time, unix_now)
+        self._allowed[key] = left - 1, now
         self._hear(record, now)
         return True
 
@@ -87,6 +100,7 @@ class Presence:
         if key not in self._last and len(self._last) >= 2 * REPLICA_MAX_PRESENT:
             oldest = (unix_now - REPLICA_MAX_CLOCK_SKEW) * 1000
             self._last = {each: at for each, at in self._last.items() if at >= oldest and each in self._members}
+            self._allowed = {each: row for each, row in self._allowed.items() if each in self._last}
         self._last[key] = time
 
     def expire(self, now: float) -> None:

@@ -24,6 +24,9 @@ from lattica_protocols.replica.replica import Replica
 
 PAUSE = 2.0
 """Seconds between two attempts to make the proposed checkpoints here: each makes a document anew."""
+BLAME = (10.0, 600.0)
+"""Seconds in which no checkpoint of a signer is made here after one was another than it said: doubling from the first
+to the second. It may lack a proof that we have, or want to keep us busy."""
 
 Signatures = Sequence[tuple[bytes, bytes]]
 
@@ -40,6 +43,8 @@ class Proposal:
     signatures: dict[bytes, bytes] = field(default_factory=dict)
     made: Checkpoint | None = None
     """The same, made here."""
+    unlike: bytes = b""
+    """The digest of the exclusions with which another was made here: with the same ones it always is."""
 
 
 class Proposals:
@@ -51,6 +56,8 @@ class Proposals:
         """The header we signed last; restored from disk by the owner of the replica."""
         self._held: dict[bytes, Proposal] = {}
         self._try_at = 0.0
+        self._blamed: dict[bytes, tuple[float, float]] = {}
+        """Signers, with the end of the pause and its length."""
         self._untried = False
 
     def propose(self, unix_now: float) -> Proposal:
@@ -105,14 +112,32 @@ class Proposals:
         self._drop_old()
         signed = []
         for proposal in self._held.values():
-            if proposal.made is None:
-                made = _checkpoint_at(self.replica, proposal.heads, proposal.time)
-                if made is None or made.header != proposal.header:
-                    continue
-                proposal.made = made
+            if proposal.made is None and not self._make(proposal, now):
+                continue
             if self._own() not in proposal.signatures and self._sign(proposal):
                 signed.append(proposal)
         return signed, self.complete()
+
+    def _make(self, proposal: Proposal, now: float) -> bool:
+        """Make the proposed checkpoint; whether it is the same."""
+        exclusions = self.replica.exclusions_digest()
+        if proposal.unlike == exclusions:
+            return False
+        if all(now < self._blamed.get(signer, (0.0, 0.0))[0] for signer in proposal.signatures):
+            return False
+        made = _checkpoint_at(self.replica, proposal.heads, proposal.time)
+        if made is None:
+            return False  # operations are missing yet
+        if made.header != proposal.header:
+            proposal.unlike = exclusions
+            for signer in proposal.signatures:
+                pause = min(2 * self._blamed.get(signer, (0.0, BLAME[0] / 2))[1], BLAME[1])
+                self._blamed[signer] = now + pause, pause
+            return False
+        proposal.made = made
+        for signer in proposal.signatures:
+            self._blamed.pop(signer, None)
+        return True
 
     def complete(self) -> Checkpoint | None:
         """A checkpoint with enough signatures, the highest-ranking one."""

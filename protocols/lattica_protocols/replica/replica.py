@@ -23,12 +23,18 @@ from pycrdt import Doc, TransactionEvent
 
 from lattica_protocols.errors import LocalProtocolError, RemoteProtocolError
 from lattica_protocols.keys import PrivateKey
-from lattica_protocols.limits import REPLICA_MAX_PARENTS, REPLICA_MAX_UPDATE_BYTES
+from lattica_protocols.limits import (
+    REPLICA_MAX_FIRST_BYTES,
+    REPLICA_MAX_INSTANCES,
+    REPLICA_MAX_PARENTS,
+    REPLICA_MAX_UPDATE_BYTES,
+)
 from lattica_protocols.replica.checkpoint import NO_RANK, Checkpoint, Rank, vector_of
 from lattica_protocols.replica.client_ids import client_id, forked_client
+from lattica_protocols.replica.equivocation import Equivocation, equivocation_untrusted
 from lattica_protocols.replica.floor import COVERED_PREFIX, ChainEnd, Floor
 from lattica_protocols.replica.genesis import Genesis
-from lattica_protocols.replica.graph import Admission, Entry, Fork, Graph
+from lattica_protocols.replica.graph import Admission, Chain, Entry, Graph
 from lattica_protocols.replica.operation import Kind, Operation
 from lattica_protocols.replica.plain import apply_untrusted, document_value, same_value
 from lattica_protocols.replica.short_form import RowReader
@@ -36,6 +42,8 @@ from lattica_protocols.replica.tree import MerkleTree
 from lattica_protocols.replica.update import filler, parse_update_untrusted, rename
 
 _ROOT_DOMAIN = b"lattica-replica-root-1"
+_FIRST_BODY = REPLICA_MAX_FIRST_BYTES - 34 * REPLICA_MAX_PARENTS - 256
+"""What the first operation of a chain has room for beside all its links: a longer edit becomes the second."""
 
 
 @dataclass(slots=True)
@@ -44,7 +52,7 @@ class Unsaved:
 
     operations: list[tuple[Operation, int]] = field(default_factory=list)
     """With the number of their items, so that they need not be read again."""
-    forks: list[Fork] = field(default_factory=list)
+    forks: list[Equivocation] = field(default_factory=list)
     checkpoint: Checkpoint | None = None
     """Replaces all operations that it covers."""
     lost: list[Operation] = field(default_factory=list)
@@ -136,14 +144,14 @@ class Replica:
         with self.doc.transaction():
             yield
 
-    def receive_fork(self, fork: Fork) -> Admission:
+    def receive_fork(self, fork: Equivocation) -> Admission:
         """Take in a proof that somebody equivocated. Raises `Refused` or `NotYet`."""
         return self._apply(self.graph.add_fork_untrusted(fork))
 
     def load(
         self,
         operations: Iterable[tuple[bytes, int]],
-        forks: Iterable[tuple[bytes, bytes]] = (),
+        forks: Iterable[Sequence[bytes]] = (),
         snapshot: tuple[int, bytes] = (0, b""),
     ) -> None:
         """Take back what was stored: a row of operations (`short_form`), each with the number of its items, and proofs.
@@ -153,11 +161,7 @@ class Replica:
         Raises `RemoteProtocolError` for a damaged one; those before it are loaded.
         """
         contained, state = snapshot
-        proofs = []
-        for pair in forks:
-            first, second = (Operation.decode_untrusted(data, self.space) for data in pair)
-            proofs.append(Fork(first, second))
-        self.graph.restore_forks(proofs)
+        self.graph.restore_forks([equivocation_untrusted(row, self.space) for row in forks])
         if contained:
             self.doc.apply_update(state)
         number, reader = 0, RowReader(self.space)
@@ -210,7 +214,8 @@ class Replica:
                 apply_untrusted(self.doc, filler(forked_client(entry.op.id), parsed.start))
             named = {client for client, _ in parsed.references} | {client for client, _, _ in parsed.deletions}
             if any(graph.is_forked(client) for client in named | {parsed.client}):
-                body = rename(body, parsed, lambda c, k, n: graph.pieces(entry, c, k, n))
+                scope = graph.scope_of(entry)
+                body = rename(body, parsed, lambda c, k, n: graph.pieces(entry, scope, c, k, n))
         apply_untrusted(self.doc, body)
 
     def _new_doc(self) -> Doc[Any]:
@@ -251,10 +256,26 @@ class Replica:
             return "this replica has no key"
         own = self.key.public_key.data
         if self.graph.excluded(own):
-            return "this key is excluded: two operations with one sequence number were signed with it"
+            return (
+                "this key is excluded: two operations with one sequence number were signed with it, or more than "
+                f"{REPLICA_MAX_INSTANCES} instances were started"
+            )
         if own not in self.graph.membership().writers:
             return "this key is no writer of the space"
+        if self._is_one_too_many((own, self.instance)):
+            return (
+                f"this key has {REPLICA_MAX_INSTANCES} instances here already, one for each time that it lost its "
+                "memory, and would be excluded with another: write with another key"
+            )
         return None
+
+    def _is_one_too_many(self, chain: Chain) -> bool:
+        """Whether to write in this chain would prove that we have too many."""
+        graph = self.graph
+        if chain in graph.chains or chain in graph.floor.chains:
+            return False
+        own = {each for each in (*graph.chains, *graph.floor.chains) if each[0] == chain[0]}
+        return len(own) >= REPLICA_MAX_INSTANCES
 
     @contextmanager
     def transaction(self, unix_now: float) -> Iterator[list[Operation]]:
@@ -300,7 +321,7 @@ class Replica:
             raise LocalProtocolError("only the owner may change who writes")
         if kind == Kind.REMOVE and key not in membership.writers:
             raise LocalProtocolError("this key is no writer of the space")
-        return self._write(kind, key, unix_now, (0, 0))
+        return self._write(kind, key, unix_now, (0, 0))[-1]
 
     def _check_writable(self) -> None:
         reason = self.why_not_writable()
@@ -319,6 +340,9 @@ class Replica:
             while self.graph.client_ids.is_taken((chain[0], self.instance)) or self.instance == chain[1]:
                 self.instance = self._rng.getrandbits(32)
             self._rebuild()
+            reason = self.why_not_writable()
+            if reason is not None:
+                raise LocalProtocolError(reason)
 
     def _write_edit(self, body: bytes, unix_now: float) -> list[Operation]:
         if len(body) > REPLICA_MAX_UPDATE_BYTES:
@@ -330,12 +354,24 @@ class Replica:
             parts = self.graph.check_own(body)
         except RemoteProtocolError as error:
             raise LocalProtocolError(f"this edit cannot be shared: {error}") from None
-        return [self._write(Kind.EDIT, part, unix_now, (parsed.start, parsed.end)) for part, parsed in parts]
+        made = list[Operation]()
+        for part, parsed in parts:
+            made += self._write(Kind.EDIT, part, unix_now, (parsed.start, parsed.end))
+        return made
 
-    def _write(self, kind: Kind, body: bytes, unix_now: float, span: tuple[int, int]) -> Operation:
+    def _write(self, kind: Kind, body: bytes, unix_now: float, span: tuple[int, int]) -> list[Operation]:
+        """An operation, and before it those that have to come first."""
+        made = []
         while len(self.graph.heads) >= REPLICA_MAX_PARENTS:
-            self._sign(Kind.EDIT, b"", unix_now, (0, 0))
-        return self._sign(kind, body, unix_now, span)
+            made.append(self._sign(Kind.EDIT, b"", unix_now, (0, 0)))
+        if len(body) > _FIRST_BODY and self._starts_chain():
+            made.append(self._sign(Kind.EDIT, b"", unix_now, (0, 0)))
+        return [*made, self._sign(kind, body, unix_now, span)]
+
+    def _starts_chain(self) -> bool:
+        assert self.key is not None
+        chain = (self.key.public_key.data, self.instance)
+        return chain not in self.graph.floor.chains and self.graph.tip(chain) is None
 
     def _sign(self, kind: Kind, body: bytes, unix_now: float, span: tuple[int, int]) -> Operation:
         assert self.key is not None
@@ -488,13 +524,14 @@ class Replica:
                 save=False,
             )
         refused = []
-        forks = [Fork(*_again(self.space, fork.first, fork.second)) for fork in self.graph.forks.values()]
+        rows = [[op.encoded for op in fork.operations] for fork in self.graph.forks.values()]
+        forks = [equivocation_untrusted(row, self.space) for row in rows]
         for fork in forks:
             fork.check_untrusted(self.space)
         fresh.graph.restore_forks(forks)
         for entry in self.graph.entries.values():
             try:
-                fresh.receive_operation(_again(self.space, entry.op)[0], entry.op.time)
+                fresh.receive_operation(Operation.decode_untrusted(entry.op.encoded, self.space), entry.op.time)
             except RemoteProtocolError as error:
                 refused.append((entry.op.id, str(error)))
         equal = same_value(fresh.value(), self.value()) and fresh.root() == self.root()
@@ -504,8 +541,3 @@ class Replica:
 def root_of(space: bytes, checkpoint: bytes, count: int, exclusions: bytes, tree: bytes) -> bytes:
     """The root: BLAKE3 of the domain, space, checkpoint id, number of operations, exclusions and Merkle root."""
     return blake3(_ROOT_DOMAIN + space + checkpoint + count.to_bytes(8, "big") + exclusions + tree).digest()
-
-
-def _again(space: bytes, *ops: Operation) -> Sequence[Operation]:
-    """The operations parsed anew, so that their signatures count as unchecked."""
-    return [Operation.decode_untrusted(op.encoded, space) for op in ops]

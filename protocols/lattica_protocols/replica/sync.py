@@ -15,10 +15,12 @@ Drive it by the machine contract; `poll_transmit` gives pairs (neighbour, messag
 
 from __future__ import annotations
 
+import heapq
 import random
-from collections import Counter, OrderedDict, deque
-from collections.abc import Hashable, Iterable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Generic, TypeVar
 
 from blake3 import blake3
@@ -32,11 +34,13 @@ from lattica_protocols.limits import (
     REPLICA_MAX_PENDING,
     REPLICA_MAX_PENDING_BYTES,
     REPLICA_MAX_PENDING_PER_PEER,
+    REPLICA_MAX_TIPS,
     REPLICA_MAX_WANTED,
 )
 from lattica_protocols.replica.checkpoint import Checkpoint, Head, Rank, ranks_above
+from lattica_protocols.replica.equivocation import Equivocation, Fork, equivocation_untrusted
 from lattica_protocols.replica.errors import MissingParents, NotYet
-from lattica_protocols.replica.graph import Admission, Entry, Fork, Past
+from lattica_protocols.replica.graph import Admission, Branch, Entry, Past
 from lattica_protocols.replica.messages import MAX_FORKS, Kind, Message, decode_message_untrusted, encode_message
 from lattica_protocols.replica.operation import Operation
 from lattica_protocols.replica.presence import Presence, Record
@@ -53,6 +57,9 @@ PRESENT_IN_MESSAGE = 256
 """Announcements in one message: with 1 KiB in each they are a quarter of what a message may be."""
 FRONTIER_PAUSE = 0.25
 """Seconds between frontiers to one neighbour, unless something came of the last one."""
+ASKS = (4.0, 4.0)
+"""Frontiers of one peer that are answered at once, and a second in the long run: as many as `FRONTIER_PAUSE` lets it
+send. Each answer may be 1 MiB."""
 STALLED = 10.0
 """Seconds without an ACK after which batches are no longer sent."""
 LOST = 2.0
@@ -61,6 +68,9 @@ WANT_AGAIN = 1.0
 BLAME = (10.0, 600.0)
 """Seconds in which no checkpoint is fetched from a neighbour that failed to deliver one: doubling from the first to the
 second."""
+SLOW = 30.0
+"""Seconds for a checkpoint after which another neighbour that has one gets its turn. Whoever was too slow has twice as
+long the next time, so that slow ones come to an end, and one that is slow on purpose holds nobody up for hours."""
 FORK_PAUSE = (1.0, 60.0)
 """Seconds in which no earlier fork of an author that is excluded already is taken: doubling likewise. Each makes the
 whole graph be counted anew, and who signs a long chain can make thousands, one before the other."""
@@ -71,6 +81,8 @@ READ_ALONE = 16
 checked meanwhile): it names none by their place in the receiver's replica."""
 CHUNK = 512 << 10
 """Bytes of a checkpoint in one message."""
+_PROOF_BYTES = 512 << 10
+"""Of a message of proofs; a longer proof has one to itself."""
 _REFUSED_KEPT = 4096
 
 Peer = TypeVar("Peer", bound=Hashable)
@@ -81,7 +93,7 @@ class _Neighbour:
     """What we know of one."""
 
     pushes: list[Operation] = field(default_factory=list)
-    batches: deque[Entry] = field(default_factory=deque)
+    batches: Iterator[Entry] = field(default_factory=lambda: iter(()))
     """What it lacks, parents first."""
     batch: int = 0
     in_flight: dict[int, list[Entry]] = field(default_factory=dict)
@@ -101,6 +113,7 @@ class _Download(Generic[Peer]):
     id: bytes
     data: bytearray
     asked_at: float
+    started_at: float
     total: int = 0
     signed: bool = False
     """Its head came, and is signed by those who may."""
@@ -125,11 +138,14 @@ class ReplicaSync(Generic[Peer]):
         self._pending_of: Counter[Peer] = Counter()
         self._waiting: dict[bytes, dict[bytes, None]] = {}
         """Missing parent: operations that wait for it."""
-        self._wanted: dict[bytes, float] = {}
+        self._wanted: OrderedDict[bytes, float] = OrderedDict()
+        """When these were asked for last, oldest first."""
         self._refused: OrderedDict[bytes, None] = OrderedDict()
         self._bad_checkpoints: OrderedDict[bytes, None] = OrderedDict()
         self._blamed: dict[Peer, tuple[float, float]] = {}
         """When to fetch from a neighbour again, and the pause before."""
+        self._asked: dict[Peer, tuple[float, float]] = {}
+        """Frontiers of a peer that may be answered yet, and when that was so."""
         self._fork_pauses: dict[bytes, tuple[float, float]] = {}
         """The same by author, for forks."""
         self._download: _Download[Peer] | None = None
@@ -169,9 +185,13 @@ class ReplicaSync(Generic[Peer]):
             for neighbour in self._neighbours.values():
                 neighbour.pushes.append(op)
 
-    def push_fork(self, fork: Fork) -> None:
+    def push_fork(self, fork: Equivocation) -> None:
+        """Tell the neighbours of a proof. One of 800 KB only those get who find that they lack it."""
         for peer in self._neighbours:
-            self._send(peer, Kind.FORKS, [(fork.first.encoded, fork.second.encoded)])
+            if isinstance(fork, Fork):
+                self._send_proofs(peer, [fork])
+            else:
+                self._send_hello(peer)
 
     def announce_checkpoint(self) -> None:
         """Tell the neighbours that we have another checkpoint."""
@@ -222,11 +242,13 @@ class ReplicaSync(Generic[Peer]):
             self.announce_presence(now, unix_now)
 
     def _forget_old(self, now: float) -> None:
-        self._wanted = {key: at for key, at in self._wanted.items() if now - at < 60}
+        while self._wanted and now - next(iter(self._wanted.values())) >= 60:
+            self._wanted.popitem(last=False)
+        self._asked = {peer: row for peer, row in self._asked.items() if now - row[1] < ASKS[0] / ASKS[1]}
         for neighbour in self._neighbours.values():
             if neighbour.in_flight and now - neighbour.last_ack > STALLED:
                 neighbour.in_flight.clear()
-                neighbour.batches.clear()
+                neighbour.batches = iter(())
         if self._download is not None and now - self._download.asked_at > STALLED:
             self._blame(self._download.peer, now)
         self._blamed = {peer: row for peer, row in self._blamed.items() if now - row[0] < BLAME[1]}
@@ -288,23 +310,36 @@ class ReplicaSync(Generic[Peer]):
             elif self.replica.checkpoint is not None:
                 self._send_hello(peer)
             return
-        self._send_frontier(peer, neighbour, now)
+        if peer in self._neighbours or self._may_ask(peer, now):
+            self._send_frontier(peer, neighbour, now)
+
+    def _may_ask(self, peer: Peer, now: float) -> bool:
+        """Whether to do what a peer asks for, which is more work than to ask. Else it is as if it had been lost."""
+        left, at = self._asked.get(peer, (ASKS[0], now))
+        left = min(ASKS[0], left + (now - at) * ASKS[1])
+        self._asked[peer] = (left - 1 if left >= 1 else left, now)
+        return left >= 1
 
     def _on_frontier(self, peer: Peer, neighbour: _Neighbour, message: Message, now: float) -> None:
         checkpoint, full, tips, exclusions = message.fields
+        if not self._may_ask(peer, now):
+            return
         if checkpoint != self.replica.rank()[2]:
             self._send_hello(peer)
             return
         news = self._answer_exclusions(peer, exclusions)
         past, ahead = self._past_of_tips(tips, full)
-        missing = self._missing(past)
+        found = self._missing(past)
+        first = next(found, None)
+        missing = first is not None
         if now - neighbour.last_ack > LOST:
             neighbour.in_flight.clear()
         if not neighbour.in_flight:
             neighbour.last_ack = now
         # a frontier that crossed our batches does not show them yet
         flying = {entry.op.id for entries in neighbour.in_flight.values() for entry in entries}
-        neighbour.batches = deque(entry for entry in missing if entry.op.id not in flying)
+        found = found if first is None else chain([first], found)
+        neighbour.batches = (entry for entry in found if entry.op.id not in flying)
         if missing:
             neighbour.fruitless = 0
             self._send_batches(peer, neighbour, now)
@@ -315,15 +350,28 @@ class ReplicaSync(Generic[Peer]):
         """Send the proofs the other lacks; whether it has one that we lack."""
         theirs = {author: (seq, instance) for author, seq, instance in exclusions}
         ours = self.replica.graph.forks
-        send = [
-            (fork.first.encoded, fork.second.encoded)
-            for author, fork in ours.items()
-            if author not in theirs or fork.place < theirs[author]
-        ]
-        for at in range(0, len(send), MAX_FORKS):
-            self._send(peer, Kind.FORKS, send[at : at + MAX_FORKS])
+        send = [fork for author, fork in ours.items() if author not in theirs or fork.place < theirs[author]]
+        self._rng.shuffle(send)  # there may be some that it does not take yet
+        self._send_proofs(peer, send)
         known = {author: (seq, instance) for author, seq, instance in self.replica.graph.exclusions()}
         return any(author not in known or place < known[author] for author, place in theirs.items())
+
+    def _send_proofs(self, peer: Peer, proofs: Iterable[Equivocation]) -> None:
+        """As many as a few messages hold; the next comparison asks for the rest."""
+        rows: list[list[bytes]] = []
+        size = messages = 0
+        for proof in proofs:
+            row = [op.encoded for op in proof.operations]
+            length = sum(map(len, row))
+            if rows and (size + length > _PROOF_BYTES or len(rows) == MAX_FORKS):
+                self._send(peer, Kind.FORKS, rows)
+                rows, size, messages = [], 0, messages + 1
+                if messages == REPLICA_BATCHES_IN_FLIGHT:
+                    return
+            rows.append(row)
+            size += length
+        if rows:
+            self._send(peer, Kind.FORKS, rows)
 
     def _past_of_tips(self, tips: Sequence[tuple[bytes, int, int, bytes]], full: bool) -> tuple[Past, bool]:
         """What the sender of these chain ends has of ours, and whether it has something that we lack."""
@@ -345,16 +393,16 @@ class ReplicaSync(Generic[Peer]):
                 graph.absorb(past, found)
         return past, ahead
 
-    def _missing(self, past: Past) -> list[Entry]:
-        missing = [
-            entry
-            for branches in self.replica.graph.chains.values()
-            for branch in branches
-            for entry in branch.entries[max(0, past.get(branch, -1) + 1 - branch.first_seq) :]
-            if entry.counted
-        ]
-        missing.sort(key=lambda entry: entry.order)
-        return missing
+    def _missing(self, past: Past) -> Iterator[Entry]:
+        """What counts and is not in this past, in order. Looked for as it is taken: most of it never is when somebody
+        asks again and again."""
+        lines = []
+        for branches in self.replica.graph.chains.values():
+            for branch in branches:
+                first = max(0, past.get(branch, -1) + 1 - branch.first_seq)
+                if first < len(branch.entries):
+                    lines.append(_counted_from(branch, first, len(branch.entries)))
+        return heapq.merge(*lines, key=lambda entry: entry.order) if len(lines) != 1 else lines[0]
 
     def _on_operations(
         self,
@@ -458,6 +506,9 @@ class ReplicaSync(Generic[Peer]):
         ]
         for parent in want[:REPLICA_MAX_WANTED]:
             self._wanted[parent] = now
+            self._wanted.move_to_end(parent)
+        while len(self._wanted) > REPLICA_MAX_PENDING:
+            self._wanted.popitem(last=False)
         if want:
             self._send(peer, Kind.WANT, want[:REPLICA_MAX_WANTED])
 
@@ -481,10 +532,9 @@ class ReplicaSync(Generic[Peer]):
         for start, stop in list(_batches(operations))[:REPLICA_BATCHES_IN_FLIGHT]:  # the rest is asked for again
             self._send(peer, Kind.OPERATIONS, 0, write_row(operations[start:stop]))
 
-    def _on_forks(self, peer: Peer, forks: Sequence[tuple[bytes, bytes]], now: float) -> None:
-        for pair in forks:
-            ops = [Operation.decode_untrusted(data, self.replica.space) for data in pair]
-            fork = Fork(*ops)
+    def _on_forks(self, peer: Peer, forks: Sequence[Sequence[bytes]], now: float) -> None:
+        for row in forks:
+            fork = equivocation_untrusted(row, self.replica.space)
             try:
                 if self.replica.graph.excluded(fork.author):
                     self._check_fork_pause(fork.author, now)
@@ -528,7 +578,7 @@ class ReplicaSync(Generic[Peer]):
         self.counters["checkpoints"] += 1
         self._refused.clear()  # what was refused may be right on another state
         for neighbour in self._neighbours.values():
-            neighbour.batches.clear()
+            neighbour.batches = iter(())
         self.announce_checkpoint()
 
     def _send_proposal(self, proposal: Proposal, source: Peer | None = None) -> None:
@@ -537,8 +587,15 @@ class ReplicaSync(Generic[Peer]):
                 self._send(peer, Kind.PROPOSAL, proposal.header, sorted(proposal.signatures.items()))
 
     def _get_checkpoint(self, peer: Peer, checkpoint: bytes, now: float) -> None:
-        if self._download is None and now >= self._blamed.get(peer, (0.0, 0.0))[0]:
-            self._download = _Download(peer, checkpoint, bytearray(), now)
+        if now < self._blamed.get(peer, (0.0, 0.0))[0]:
+            return
+        download = self._download
+        if download is not None and download.peer != peer:
+            _, pause = self._blamed.get(download.peer, (0.0, 0.0))
+            if now - download.started_at > max(SLOW, 2 * pause):
+                self._blame(download.peer, now)
+        if self._download is None:
+            self._download = _Download(peer, checkpoint, bytearray(), now, now)
             self._send(peer, Kind.GET_CHECKPOINT, checkpoint, 0)
 
     def _on_get_checkpoint(self, peer: Peer, checkpoint: bytes, offset: int) -> None:
@@ -650,19 +707,33 @@ class ReplicaSync(Generic[Peer]):
                 last = next((entry for entry in reversed(branch.entries) if entry.counted), None)
                 if last is not None:
                     tips.append((author, instance, last.op.seq, last.op.id[:8]))
+        if len(tips) > REPLICA_MAX_TIPS:  # chains that several made up for us: others of them next time
+            tips = self._rng.sample(tips, REPLICA_MAX_TIPS)
         exclusions = self.replica.graph.exclusions()
         self._send(peer, Kind.FRONTIER, self.replica.rank()[2], full, tips, exclusions)
 
     def _send_batches(self, peer: Peer, neighbour: _Neighbour, now: float) -> None:
-        while neighbour.batches and len(neighbour.in_flight) < REPLICA_BATCHES_IN_FLIGHT:
+        while len(neighbour.in_flight) < REPLICA_BATCHES_IN_FLIGHT:
             entries: list[Entry] = []
             size = 0
-            while neighbour.batches and len(entries) < REPLICA_BATCH_OPERATIONS and size < REPLICA_BATCH_BYTES:
-                entries.append(neighbour.batches.popleft())
-                size += len(entries[-1].op.encoded)
+            for entry in neighbour.batches:
+                entries.append(entry)
+                size += len(entry.op.encoded)
+                if len(entries) >= REPLICA_BATCH_OPERATIONS or size >= REPLICA_BATCH_BYTES:
+                    break
+            if not entries:
+                return
             neighbour.batch += 1
             neighbour.in_flight[neighbour.batch] = entries
             self._send(peer, Kind.OPERATIONS, neighbour.batch, write_row([entry.op for entry in entries]))
+
+
+def _counted_from(branch: Branch, first: int, stop: int) -> Iterator[Entry]:
+    entries = branch.entries
+    while first < min(stop, len(entries)):  # what does not count may be forgotten meanwhile
+        if entries[first].counted:
+            yield entries[first]
+        first += 1
 
 
 def _batches(operations: Sequence[Operation]) -> Iterable[tuple[int, int]]:
