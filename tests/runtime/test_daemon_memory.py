@@ -37,7 +37,7 @@ def test_memory_of_tensors_is_given_back(tmp_path: Path, monkeypatch: pytest.Mon
             async with open_daemon(home_a, settings) as a, open_daemon(home_b, settings) as b:
                 await use(str(tmp_path / "a"), str(tmp_path / "b"))
                 gc.collect()
-                await until(lambda: segment.live.value == 0, log=lambda: f"{segment.live.value} received tails are kept")
+                await until(lambda: segment.live.value == 0, log=lambda: f"{segment.live.value} received tails kept")
                 await until(lambda: segment.viewed.value == 0, log=lambda: f"{segment.viewed.value} tails are kept")
                 for daemon in (a, b):
                     pool = daemon.forwarder.pool
