@@ -146,9 +146,9 @@ class Bench:
 
         return self.once("grpc", make)
 
-    def ceiling(self, total: int, encrypted: bool) -> float:
-        """Bytes per second of trio over TCP, with or without ChaCha20-Poly1305."""
-        settings = {"role": "receive", "bytes": total, "encrypted": encrypted}
+    def ceiling(self, total: int, cipher: str | None) -> float:
+        """Bytes per second of trio over TCP, encrypted (see `ceilings.CIPHERS`) or not."""
+        settings = {"role": "receive", "bytes": total, "cipher": cipher}
         with driven(sys.executable, HERE / "ceilings.py", settings) as receiver:
             sender = settings | {"role": "send", "port": receiver.hello["port"]}
             done = subprocess.run(
