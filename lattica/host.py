@@ -195,7 +195,7 @@ class Host:
             return
         connection = await self._dial_tcp(peer)
         if connection is not None:
-            connection.for_bulk = True
+            connection.set_apart_for_bulk()
             self.nursery.start_soon(self._close_when_idle, connection)
 
     async def _close_when_idle(self, connection: Connection) -> None:

@@ -216,6 +216,10 @@ class Connection(ABC):
     def abort(self, error: Exception | None = None) -> None:
         """Close at once, without waiting. Safe to call at any time."""
 
+    def set_apart_for_bulk(self) -> None:
+        """From now on it is `for_bulk`."""
+        self.for_bulk = True
+
     def expect(self, waits: Callable[[], bool]) -> None:  # noqa: B027  # nothing to do where nothing can fall silent
         """`waits()` tells whether something of the peer is waited for: its silence then means that the path is dead."""
 

@@ -64,6 +64,10 @@ TURN_READS: Final = 16
 SATURATED_SECONDS: Final = 30.0
 """So long the acknowledgements of the peer's system stand for the peer: our probe waits in up to 4 MB of buffers before
 a link that may be slow. Longer, and its process hangs."""
+BULK_ALLOWANCE: Final = 4 << 20
+"""Bytes in flight on a stream of a connection with nothing but bulk, beyond those of a round trip. With three messages,
+as elsewhere, the sender of a blob stood still for a third of the time on a machine whose cores were all busy: the
+receiver's turn, and with it more window, came too late."""
 FREE_SEND_BUFFERS: Final = 4
 """Send buffers kept for the next connection that has something to send."""
 CROWDED_SENDERS: Final = 16
@@ -402,6 +406,10 @@ class MuxedConnection(Connection):
     def keep_up(self, every: float) -> None:
         self._heartbeat.keep_up(every, trio.current_time())
         self._wake_watch()
+
+    def set_apart_for_bulk(self) -> None:
+        super().set_apart_for_bulk()
+        self.session.allowance = BULK_ALLOWANCE
 
     def doubt(self) -> None:
         super().doubt()

@@ -27,7 +27,8 @@ messages, every fourth begins with bulk.
 Growing windows: what the reader took is measured over a round trip or more. While a window is smaller than twice the
 bytes of one round trip at that rate, and three Noise messages, it may be the brake, so it is doubled, up to 16 MiB a
 stream and 64 MiB a connection. No larger than that: what is in flight beyond it stands in a queue somewhere, and small
-messages behind it.
+messages behind it. A session that has no small messages may be given more (`allowance`): its sender then goes on while
+the receiver has no processor.
 (The rule of go-yamux and quic-go, a time for half a window, takes one quick burst out of the kernel's buffers for a
 quick path, and doubles for good.)
 """
@@ -67,7 +68,7 @@ GO_AWAY_INTERNAL_ERROR: Final = 2
 SMALL_SHARE: Final = 8192
 """A stream with no more than this queued is served before bulk."""
 _BULK_TURN: Final = 4
-_IN_MESSAGES: Final = 3 * 65536
+IN_MESSAGES: Final = 3 * 65536
 """Bytes that a path holds besides what its round trip tells: a Noise message is used when all of it is there, at a
 relay and at the end, and a ping is too small to wait for that. On a slow line these are most of what is under way."""
 _SHORTEST_MEASUREMENT: Final = 0.002
@@ -165,6 +166,8 @@ class YamuxSession:
         self._their_parity = 0 if initiator else 1
         self._max_inbound = max_inbound_streams
         self._max_window = max_window
+        self.allowance = IN_MESSAGES
+        """Bytes in flight on a stream beyond what the round trip tells."""
         self.streams: dict[int, YamuxStream] = {}
         self.unacknowledged = 0
         """Streams of ours that the peer has not accepted yet."""
@@ -377,7 +380,7 @@ class YamuxSession:
         round_trip = self.round_trip or 0.0
         if elapsed < max(round_trip, _SHORTEST_MEASUREMENT):
             return 0
-        needed = 2 * stream.measured_bytes * round_trip / elapsed + _IN_MESSAGES
+        needed = 2 * stream.measured_bytes * round_trip / elapsed + self.allowance
         stream.measured_bytes, stream.measured_since = 0, now
         extra = min(stream.window, min(self._max_window, stream.max_window) - stream.window)
         if stream.window < needed and 0 < extra <= YAMUX_MAX_EXTRA_WINDOWS - self._extra_windows:

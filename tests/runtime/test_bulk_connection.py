@@ -17,6 +17,7 @@ from lattica.errors import ConnectError
 from lattica.interfaces import Connection
 from lattica.node import Node, NodeConfig, open_node
 from lattica.session import Session
+from lattica.transports.muxed import BULK_ALLOWANCE, MuxedConnection
 from lattica_protocols.keys import PrivateKey
 from lattica_protocols.limits import CHUNK_BYTES
 from lattica_protocols.multiaddr import Multiaddr
@@ -65,6 +66,9 @@ def test_bulk_and_calls_use_two_connections(run: Run, tmp_path: Path, monkeypatc
                 (apart,) = [c for c in two.host.connections(one.peer_id) if c.for_bulk]
                 assert two.host.connection(one.peer_id, "bulk") is apart
                 assert two.host.connection(one.peer_id) is first
+                assert isinstance(apart, MuxedConnection)
+                assert isinstance(first, MuxedConnection)
+                assert apart.session.allowance == BULK_ALLOWANCE > first.session.allowance
                 before = apart.sent_bytes + apart.received_bytes, first.received_bytes
                 assert await two.rpc.call(one.peer_id, "echo.echo", b"y" * 9000, timeout=10) == b"y" * 9000
                 assert first.received_bytes - before[1] >= 9000

@@ -316,6 +316,24 @@ def test_a_slow_path_has_room_for_whole_messages() -> None:
     assert b.window == 2 * YAMUX_INITIAL_WINDOW
 
 
+@pytest.mark.parametrize(("allowance", "least", "below"), [(None, 1, 1 << 20), (4 << 20, 4 << 20, 16 << 20)])
+def test_a_session_for_bulk_alone_may_have_more_in_flight(allowance: int | None, least: int, below: int) -> None:
+    """1 GB/s over 0.1 ms are 100 KB in flight: elsewhere the first window, or twice as much, would do."""
+    alice, bob = pair()
+    a, b = opened(alice, bob)
+    bob.round_trip = 0.0001
+    if allowance is not None:
+        bob.allowance = allowance
+    now = 0.0
+    for _ in range(2000):
+        alice.write(a, bytes(max(0, 131_072 - a.queued)))
+        received = len(data_of(feed(bob, output(alice), now)))
+        bob.consume(b, received, now)
+        feed(alice, output(bob), now)
+        now += received / 1e9
+    assert least <= b.window < below
+
+
 def test_a_window_can_be_limited_below_the_first_one_and_comes_back() -> None:
     alice, bob = pair()
     a, b = opened(alice, bob)
