@@ -186,7 +186,10 @@ class Node:
         return self.host.peer_id
 
     async def wait_identified(self, peer: PeerId) -> PeerInfo:
-        """What `peer` said about itself, once it has. Bounded by the caller's cancel scope."""
+        """What `peer` said about itself, once it has. Bounded by the caller's cancel scope.
+
+        `ConnectError` when the node closes.
+        """
         with self.host.subscribe() as events:
             info = self.host.peerstore.info(peer)
             if info is not None:
