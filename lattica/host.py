@@ -492,7 +492,8 @@ class Host:
 
     # -- events -------------------------------------------------------------------------------------------
     def subscribe(self) -> trio.MemoryReceiveChannel[HostEvent]:
-        """Events from now on. A subscriber that falls 4,096 events behind loses the newest, which is logged."""
+        """Events from now on. A subscriber that falls 4,096 events behind loses the newest, which is logged: who stops
+        reading before the host ends closes the channel (`with`)."""
         send, receive = trio.open_memory_channel[HostEvent](_EVENT_BUFFER)
         self._subscribers.append(send)
         return receive
