@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("lattica.host")
 
 StreamHandler = Callable[[Stream], Awaitable[None]]
+Gate = Callable[["PeerId"], str | None]
+"""Returns why a peer may not connect, `None` when it may."""
 DIAL_TIMEOUT = 15.0
 """Seconds for one peer, all its addresses together. A punch through two NATs takes at most 5."""
 BULK_UPGRADE_TIMEOUT = 2.0
@@ -110,8 +112,7 @@ class Host:
         """Of these, those at which others have tried in vain."""
         self.reachability: Literal["public", "private", "unknown"] = "unknown"
         """Whether strangers can connect with us directly, as far as was tried (`lattica.reach`)."""
-        self.gate: Callable[[PeerId], str | None] = lambda peer: None
-        """Returns why a peer may not connect, `None` when it may."""
+        self.gate: Gate = lambda peer: None
         self.find_addrs: Callable[[PeerId], Awaitable[Iterable[Multiaddr]]] | None = None
         """Where to ask (the DHT) about a peer whose addresses are not known or do not answer."""
         self._transports: list[Transport] = []
