@@ -238,6 +238,7 @@ class Node:
 
     def _interfaces_changed(self) -> None:
         """What we found out about how others see us is of the network that we were in."""
+        self.host.addrs_changed()  # first: the others ask where we listen
         self.observed.reset()
         self.reach.reset()
         if self.nat_watch is not None:
@@ -247,7 +248,6 @@ class Node:
             self.mdns.network_changed()
         for connection in self.host.connections():
             connection.doubt()
-        self.host.addrs_changed()
         self.host.network_changed()
         self.host.nursery.start_soon(self.identify.ask_again)
         self.host.nursery.start_soon(self._drop_stranded)
