@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("lattica.host")
 
 StreamHandler = Callable[[Stream], Awaitable[None]]
+Gate = Callable[["PeerId"], str | None]
+"""Returns why a peer may not connect, `None` when it may."""
 DIAL_TIMEOUT = 15.0
 """Seconds for one peer, all its addresses together. A punch through two NATs takes at most 5."""
 BULK_UPGRADE_TIMEOUT = 2.0
@@ -49,6 +51,9 @@ BULK_IDLE = 30.0
 """Seconds after which a connection set apart for bulk is closed when nothing uses it: the next shard often follows."""
 BULK_UPGRADE_RETRY = 300.0
 """Seconds before TCP is tried again: a firewall does not change from minute to minute."""
+INTERFACES_KNOWN_FOR = 1.0
+"""Seconds until this machine's interfaces are looked at again, unless a change is told before (`addrs_changed`). That
+takes a fifth of a millisecond for each address listened on, and every connection asks eight times where we listen."""
 _EVENT_BUFFER = 4096
 _GRACE = 20.0
 """Seconds that a new connection is safe from trimming."""
@@ -110,12 +115,13 @@ class Host:
         """Of these, those at which others have tried in vain."""
         self.reachability: Literal["public", "private", "unknown"] = "unknown"
         """Whether strangers can connect with us directly, as far as was tried (`lattica.reach`)."""
-        self.gate: Callable[[PeerId], str | None] = lambda peer: None
-        """Returns why a peer may not connect, `None` when it may."""
+        self.gate: Gate = lambda peer: None
         self.find_addrs: Callable[[PeerId], Awaitable[Iterable[Multiaddr]]] | None = None
         """Where to ask (the DHT) about a peer whose addresses are not known or do not answer."""
         self._transports: list[Transport] = []
         self._listeners: list[Listener] = []
+        self._expanded: dict[Multiaddr, list[Multiaddr]] = {}
+        self._expanded_until = float("-inf")
         self._handlers: dict[str, StreamHandler] = {}
         self._sessions: dict[PeerId, Session] = {}
         self._dials: dict[PeerId, trio.Event] = {}
@@ -473,10 +479,17 @@ class Host:
 
     def listen_addrs(self) -> list[Multiaddr]:
         """Where we listen, wildcards expanded to the addresses of the interfaces, without `/p2p`."""
+        now = trio.current_time()
+        if now >= self._expanded_until:
+            self._expanded.clear()
+            self._expanded_until = now + INTERFACES_KNOWN_FOR
         out: dict[Multiaddr, None] = {}
         for listener in self._listeners:
             for addr in listener.addrs:
-                out.update(dict.fromkeys(expand_wildcards(addr)))
+                expanded = self._expanded.get(addr)
+                if expanded is None:
+                    expanded = self._expanded[addr] = expand_wildcards(addr)
+                out.update(dict.fromkeys(expanded))
         return list(out)
 
     def advertised_addrs(self) -> list[Multiaddr]:
@@ -492,13 +505,15 @@ class Host:
 
     # -- events -------------------------------------------------------------------------------------------
     def subscribe(self) -> trio.MemoryReceiveChannel[HostEvent]:
-        """Events from now on. A subscriber that falls 4,096 events behind loses the newest, which is logged."""
+        """Events from now on. A subscriber that falls 4,096 events behind loses the newest, which is logged: who stops
+        reading before the host ends closes the channel (`with`)."""
         send, receive = trio.open_memory_channel[HostEvent](_EVENT_BUFFER)
         self._subscribers.append(send)
         return receive
 
     def addrs_changed(self) -> None:
         """Where we can be reached changed: tell the services, and connected peers by them."""
+        self._expanded_until = float("-inf")
         self._publish(SelfChanged())
 
     def network_changed(self) -> None:

@@ -23,7 +23,7 @@ import trio
 from lattica.blobs import BlobService, BlobStore
 from lattica.datastore import Datastore
 from lattica.errors import ConfigError, ConnectError, LatticaError, PathLost
-from lattica.host import Host, PeerIdentified, open_host
+from lattica.host import Gate, Host, PeerIdentified, open_host
 from lattica.identify import PROTOCOL_VERSION, IdentifyService
 from lattica.identify import TIMEOUT as IDENTIFY_TIMEOUT
 from lattica.identity_file import load_or_create_key
@@ -107,7 +107,8 @@ class NodeConfig:
     """Have the router lead ports to us (PCP, NAT-PMP, UPnP) where our own address is a private one."""
     punch: bool = True
     """Look for direct connections with peers that are connected over a relay."""
-    settings: dict[str, object] = field(default_factory=dict)
+    gate: Gate | None = None
+    """Who may connect, from the first moment on: why a peer may not, or `None`."""
 
 
 class Node:
@@ -186,7 +187,10 @@ class Node:
         return self.host.peer_id
 
     async def wait_identified(self, peer: PeerId) -> PeerInfo:
-        """What `peer` said about itself, once it has. Bounded by the caller's cancel scope."""
+        """What `peer` said about itself, once it has. Bounded by the caller's cancel scope.
+
+        `ConnectError` when the node closes.
+        """
         with self.host.subscribe() as events:
             info = self.host.peerstore.info(peer)
             if info is not None:
@@ -234,6 +238,7 @@ class Node:
 
     def _interfaces_changed(self) -> None:
         """What we found out about how others see us is of the network that we were in."""
+        self.host.addrs_changed()  # first: the others ask where we listen
         self.observed.reset()
         self.reach.reset()
         if self.nat_watch is not None:
@@ -243,7 +248,6 @@ class Node:
             self.mdns.network_changed()
         for connection in self.host.connections():
             connection.doubt()
-        self.host.addrs_changed()
         self.host.network_changed()
         self.host.nursery.start_soon(self.identify.ask_again)
         self.host.nursery.start_soon(self._drop_stranded)
@@ -350,6 +354,8 @@ async def open_node(config: NodeConfig | None = None) -> AsyncIterator[Node]:
             lambda host: _transports(config, host),
             announce=[Multiaddr.parse(text) for text in config.announce],
         ) as host:
+            if config.gate is not None:
+                host.gate = config.gate
             node = Node(host, config, datastore, store, spaces)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(node.run)

@@ -54,18 +54,17 @@ class Peerstore:
     def _touch(self, peer: PeerId) -> _Entry:
         entry = self._entries.get(peer)
         if entry is None:
+            if len(self._entries) >= MAX_PEERSTORE_PEERS:
+                self._drop_one()
             entry = self._entries[peer] = _Entry()
-            self._trim()
         self._entries.move_to_end(peer)
         return entry
 
-    def _trim(self) -> None:
-        if len(self._entries) <= MAX_PEERSTORE_PEERS:
-            return
-        for peer in list(self._entries)[:-1]:
-            if peer not in self._pinned:
-                del self._entries[peer]
-                return
+    def _drop_one(self) -> None:
+        """The one that was touched least recently; none when all of them are pinned."""
+        oldest = next((peer for peer in self._entries if peer not in self._pinned), None)
+        if oldest is not None:
+            del self._entries[oldest]
 
     def pin(self, peer: PeerId) -> None:
         """Never drop this peer (a connected one, a bootstrap peer)."""

@@ -12,7 +12,6 @@ import typer
 
 if TYPE_CHECKING:
     from lattica_protocols.cid import Cid
-    from lattica_protocols.multiaddr import Multiaddr
     from lattica_protocols.peer_id import PeerId
 
 CID: Final[Any] = typer.Argument(metavar="CID", help="A content id, as `lattica share` prints it.")
@@ -68,14 +67,19 @@ def parse_peer(text: str) -> PeerId:
         raise typer.BadParameter(f"{error}.") from None
 
 
-def parse_address(text: str) -> Multiaddr:
-    """A multiaddr."""
+def parse_target(text: str) -> str:
+    """A multiaddr, or a peer id."""
     from lattica_protocols.multiaddr import Multiaddr
+    from lattica_protocols.peer_id import PeerId
 
     try:
-        return Multiaddr.parse(text)
+        return str(Multiaddr.parse(text) if text.startswith("/") else PeerId.parse(text))
     except ValueError as error:
-        raise typer.BadParameter(f"{error}.") from None
+        if text.startswith("/"):
+            raise typer.BadParameter(f"{error}.") from None
+        raise typer.BadParameter(
+            f"{text[:80]!r} is neither a peer id nor an address such as /ip4/192.0.2.1/tcp/4101."
+        ) from None
 
 
 def parse_cid(text: str) -> Cid:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from lattica_cli.context import State, counted, daemon, say, size, table, warn
-from lattica_cli.parameters import PEER, parse_address, parse_peer, seconds
+from lattica_cli.parameters import PEER, parse_peer, parse_target, seconds
 
 peer_app = typer.Typer(no_args_is_help=True, help="Connect, find, ping and admit single peers.")
 
@@ -51,7 +51,7 @@ def connect(
 ) -> None:
     """Connect to the peer at ADDR."""
     state = State.of(ctx)
-    target = str(parse_address(addr) if addr.startswith("/") else parse_peer(addr))
+    target = parse_target(addr)
     with daemon(state) as lat:
         data = lat.daemon("connect", target, timeout=timeout)
     state.emit(data, lambda: say(f"connected to {data['peer_id']} over {data['path']} at {data['addr']}"))

@@ -88,9 +88,9 @@ async def open_daemon(home: Home, settings: Settings) -> AsyncIterator[Daemon]:
         punch=settings.relay.punch == "on",
         mdns=settings.discovery.mdns == "on",
         port_mapping=settings.listen.port_mapping == "on",
+        gate=rules.refusal,
     )
     async with open_node(config) as node, trio.open_nursery() as nursery:
-        node.host.gate = rules.refusal
         daemon = Daemon(home, settings, node, rules, nursery)
         nursery.start_soon(daemon.count_traffic)
         async with _local_socket(daemon, node):

@@ -142,7 +142,10 @@ class OpenCall:
             self._finish(CallCancelled(f"{self._method} was cancelled here"))
 
     async def send(self, value: object) -> None:
-        """Send one item; waits while the handler does not keep up. Raises the call's error when it is over."""
+        """Send one item; waits while the handler does not keep up.
+
+        Raises the call's error when it is over, and `InvalidArgument` when the value cannot be sent.
+        """
         try:
             await self._writer.send(value)
         except LocalProtocolError as error:

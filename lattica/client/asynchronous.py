@@ -102,7 +102,7 @@ class AsyncClient(DaemonVerbs):
         self, peer: Peer | None, method: str, /, *args: object, timeout: float | None = None, **kwargs: object
     ) -> AsyncIterator[Any]:
         """Call a method that yields, and iterate over what it yields. Leaving the loop early: close the iterator
-        (`contextlib.aclosing`), or use `open_call`. Errors as in `call`."""
+        (`contextlib.aclosing`), or use `open_call`. `timeout`, for all of it, and errors as in `call`."""
         async with self._open_call(route_of(peer), method, args, kwargs, timeout, SERVER_STREAM) as call:
             async for item in call:
                 yield item
@@ -119,7 +119,8 @@ class AsyncClient(DaemonVerbs):
         **kwargs: object,
     ) -> OpenCall:
         """A call that streams, for `async with`. `sends`: we `send` items and `end`; `receives`: the method yields
-        items (otherwise it returns one `result()`). Errors as in `call`, raised where the object is used."""
+        items (otherwise it returns one `result()`). `timeout` and errors as in `call`; they are raised where the object
+        is used."""
         flags = (CLIENT_STREAM if sends else 0) | (SERVER_STREAM if receives else 0)
         return self._open_call(route_of(peer), method, args, kwargs, timeout, flags)
 

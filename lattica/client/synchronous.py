@@ -133,7 +133,8 @@ class Client(DaemonVerbs):
         self, peer: Peer | None, method: str, /, *args: object, timeout: float | None = None, **kwargs: object
     ) -> Future[Any]:
         """Like `call`, but does not wait: many calls can be in flight from one thread. Cancelling the future before
-        it is done cancels the call. The result is decoded in the client's reading thread."""
+        it is done cancels the call. The result is decoded in the client's reading thread. `timeout` and errors as in
+        `call`; the future has them."""
         future = _Future(method, not route_of(peer))
         link, future.call, _ = self._start(route_of(peer), method, args, kwargs, timeout, future.bound)
         future.link = link
@@ -143,7 +144,7 @@ class Client(DaemonVerbs):
         self, peer: Peer | None, method: str, /, *args: object, timeout: float | None = None, **kwargs: object
     ) -> Iterator[Any]:
         """Call a method that yields, and iterate over what it yields. Leaving the loop early ends the call when the
-        iterator is closed or collected. Errors as in `call`."""
+        iterator is closed or collected. `timeout`, for all of it, and errors as in `call`."""
         with self._open(route_of(peer), method, args, kwargs, timeout, SERVER_STREAM) as call:
             yield from call
 
@@ -159,7 +160,8 @@ class Client(DaemonVerbs):
         **kwargs: object,
     ) -> OpenCall:
         """A call that streams, for a `with` block. `sends`: we `send` items and `end`; `receives`: the method yields
-        items (otherwise it returns one `result()`). Errors as in `call`, raised where the object is used."""
+        items (otherwise it returns one `result()`). `timeout` and errors as in `call`; they are raised where the object
+        is used."""
         flags = (CLIENT_STREAM if sends else 0) | (SERVER_STREAM if receives else 0)
         return self._open(route_of(peer), method, args, kwargs, timeout, flags)
 

@@ -101,10 +101,11 @@ class MdnsService:
                         await self._wakeup.wait()
 
     async def _follow(self, machine: Mdns) -> None:
-        async for event in self._host.subscribe():
-            if isinstance(event, SelfChanged):
-                machine.set_addrs(self._addrs(), trio.current_time())
-                self._wakeup.set()
+        with self._host.subscribe() as events:  # this ends with the network, and not with the host
+            async for event in events:
+                if isinstance(event, SelfChanged):
+                    machine.set_addrs(self._addrs(), trio.current_time())
+                    self._wakeup.set()
 
     async def _read(self, sock: trio.socket.SocketType, machine: Mdns) -> None:
         while True:

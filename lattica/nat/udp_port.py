@@ -63,7 +63,8 @@ class UdpPort:
         return self._socket
 
     def send(self, data: bytes, addr: Address, *, source: bytes | None = None, ttl: int | None = None) -> None:
-        """Lost silently, like any datagram. `source`: the packed IP address to send from; see `source_ip`."""
+        """Lost silently, like any datagram. `source`: the packed IP address to send from; see `source_ip`.
+        `ttl` in hops; `None`: the system's."""
         ancillary: list[tuple[int, int, bytes]] = []
         if source is not None:
             level, kind = _PKTINFO[self.family]

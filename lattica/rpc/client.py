@@ -244,7 +244,10 @@ class OpenCall:
         return self._call.over
 
     async def send(self, value: object) -> None:
-        """Send one item; waits while the handler does not keep up. Raises the call's error when it is over."""
+        """Send one item; waits while the handler does not keep up.
+
+        Raises the call's error when it is over, and `InvalidArgument` when the value cannot be sent.
+        """
         try:
             await self._writer.send(value)
         except LocalProtocolError as error:

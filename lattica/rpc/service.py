@@ -164,7 +164,7 @@ class RpcService:
         self, peer: PeerId, method: str, /, *args: object, timeout: float | None = None, **kwargs: object
     ) -> ItemStream:
         """Call a method that yields, and iterate over what it yields. Leaving the loop cancels the call as soon
-        as nobody holds the iterator any more. Errors as in `call`."""
+        as nobody holds the iterator any more. `timeout`, for all of it, and errors as in `call`."""
         deadline = None if timeout is None else trio.current_time() + timeout
         call = OpenCall(self, peer, method, args, kwargs, sends=False, receives=True, deadline=deadline)
         return ItemStream(call)
@@ -181,7 +181,8 @@ class RpcService:
         **kwargs: object,
     ) -> OpenCall:
         """A call that streams, for `async with`. `sends`: we send items; `receives`: the method yields items
-        (otherwise it returns one `result()`). Errors as in `call`, raised where the object is used."""
+        (otherwise it returns one `result()`). `timeout` and errors as in `call`; they are raised where the object is
+        used."""
         deadline = None if timeout is None else trio.current_time() + timeout
         return OpenCall(self, peer, method, args, kwargs, sends=sends, receives=receives, deadline=deadline)
 

@@ -100,7 +100,10 @@ class SimHost:
         return self.addresses[-1]
 
     def bind(self, on_datagram: OnDatagram, *, address: str | None = None, port: int | None = None) -> SocketAddr:
-        """Open a UDP socket; `on_datagram(data, source)` is called for what arrives. Returns its address."""
+        """Open a UDP socket; `on_datagram(data, source)` is called for what arrives. Returns its address.
+
+        `OSError` when another one has it.
+        """
         local = (address or self.address, next(self._ports) if port is None else port)
         if local in self._sockets:
             raise OSError(f"{local} is in use")
@@ -112,7 +115,7 @@ class SimHost:
         self._sockets.pop(local, None)
 
     def send(self, local: SocketAddr, to: SocketAddr, data: bytes, ttl: int | None = None) -> None:
-        """Send a datagram from a socket of ours."""
+        """Send a datagram from a socket of ours. `ttl`: the hops it may take, 64 when left out."""
         self.sent += 1
         self.net.transmit(Packet(local, to, data, 64 if ttl is None else ttl), self)
 

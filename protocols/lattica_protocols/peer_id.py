@@ -110,7 +110,10 @@ def _parse(text: str) -> PeerId:
     try:
         if text.startswith(("1", "Qm")):
             return PeerId.from_bytes_untrusted(decode_base58(text))
-        cid = Cid.parse(text)
+        try:
+            cid = Cid.parse(text)
+        except ValueError:
+            raise ValueError("it is neither base 58 (12D3Koo…, Qm…) nor a content id (bafz…)") from None
         if cid.codec != LIBP2P_KEY or cid.version != 1:
             raise ValueError(f"its codec is 0x{cid.codec:x}, not libp2p-key")
         return PeerId(_checked_untrusted(cid.multihash))

@@ -15,7 +15,7 @@ _SINGLE = [bytes((value,)) for value in range(128)]
 
 
 def encode_uvarint(value: int) -> bytes:
-    """`value` in 0 .. 2**63 - 1 as 1 to 9 bytes."""
+    """`value` in 0 .. 2**63 - 1 as 1 to 9 bytes; `LocalProtocolError` for any other."""
     if 0 <= value < 128:
         return _SINGLE[value]
     if not 0 <= value < 1 << 63:

@@ -87,6 +87,12 @@ def test_help_is_whole(lattica: Run) -> None:
             assert "<str>  [required]" not in line, f"{command}: {line}"
 
 
+def test_an_address_in_another_form_is_told_how_to_be_written(lattica: Run) -> None:
+    shown = lattica("peer", "connect", "192.0.2.1:4101")
+    assert shown.returncode == 2
+    assert "nor an address such as /ip4/" in shown.stderr
+
+
 def test_help_imports_nothing_heavy() -> None:
     """What makes `lattica --help` slow is importing; 0.3 s is the bound, and these alone would pass it."""
     script = (

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from typing import Any
 
+import ifaddr
 import pytest
 import trio
 from waiting import elapse
@@ -18,14 +20,16 @@ from lattica.errors import (
     StreamReset,
     WrongPeer,
 )
-from lattica.host import Host, PeerConnected, PeerDisconnected, PeerIdentified
+from lattica.host import Host, PeerConnected, PeerDisconnected, PeerIdentified, open_host
 from lattica.identify import AFTER_BURST, ID_PROTOCOL, PUSH_PROTOCOL, IdentifyService
 from lattica.interfaces import Stream
 from lattica.negotiate import LazyStream
 from lattica.ping import PingService
 from lattica.testing import MemoryNetwork, open_memory_host
+from lattica.transports.tcp import TcpTransport
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.identify import Identify
+from lattica_protocols.keys import PrivateKey
 from lattica_protocols.limits import IDENTIFY_PUSH_BURST
 from lattica_protocols.multiaddr import Multiaddr
 
@@ -430,3 +434,37 @@ def test_tcp_is_tried_for_bulk_once_an_address_for_it_is_known(run_mocked, monke
             assert tried == [[tcp]]
 
     run_mocked(main)
+
+
+def test_the_interfaces_are_not_looked_at_for_every_connection(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each asks eight times where we listen: a third of what a connection cost was reading the same interfaces."""
+    looks = 0
+    real = ifaddr.get_adapters
+
+    def counted() -> Any:
+        nonlocal looks
+        looks += 1
+        return real()
+
+    monkeypatch.setattr("ifaddr.get_adapters", counted)
+
+    async def main() -> None:
+        wildcards = [Multiaddr.parse("/ip4/0.0.0.0/tcp/0"), Multiaddr.parse("/ip4/0.0.0.0/tcp/0")]
+
+        def transports(host: Host) -> list[Any]:
+            return [TcpTransport(host.key, host.nursery)]
+
+        async with open_host(PrivateKey.generate(b"w" * 32), transports, listen=wildcards) as host:
+            for _ in range(10):
+                assert len(host.listen_addrs()) >= len(wildcards)
+            assert looks == len(wildcards)
+            host.addrs_changed()
+            host.listen_addrs()
+            assert looks == 2 * len(wildcards)
+            monkeypatch.setattr(lattica.host, "INTERFACES_KNOWN_FOR", 0.0)
+            host.addrs_changed()
+            for _ in range(3):
+                host.listen_addrs()
+            assert looks == 5 * len(wildcards)
+
+    run(main)

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import trio
 import trio.testing
+from waiting import until
 
 from lattica.mdns import service as mdns_service
 from lattica.node import NodeConfig, open_node
@@ -39,6 +41,38 @@ def test_a_network_without_multicast_is_no_error(run: Run, monkeypatch: pytest.M
             node.mdns.network_changed()
             await trio.testing.wait_all_tasks_blocked(0.05)
             assert node.mdns.found == 0
+
+    run(main)
+
+
+def test_a_change_of_the_network_leaves_no_subscription_behind(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that nobody reads fills up, and then every event is logged as lost."""
+    opened = 0
+
+    def open_one(interfaces: list[str]) -> trio.socket.SocketType:
+        nonlocal opened
+        opened += 1
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        sock.bind(("127.0.0.1", 0))
+        return trio.socket.from_stdlib_socket(sock)
+
+    monkeypatch.setattr(mdns_service, "_open_socket", open_one)
+
+    async def main() -> None:
+        async with open_node(NodeConfig(listen=["/ip4/127.0.0.1/tcp/0"])) as node:
+            assert node.mdns is not None
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            monkeypatch.setattr(node.mdns, "_interfaces", lambda: ["127.0.0.1"])
+            node.mdns.network_changed()
+            await until(lambda: opened == 1)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            before = len(node.host._subscribers)
+            for number in (2, 3, 4):
+                node.mdns.network_changed()
+                await until(lambda number=number: opened == number)  # type: ignore[misc]
+                await trio.testing.wait_all_tasks_blocked(0.05)
+            node.host.addrs_changed()
+            assert len(node.host._subscribers) == before
 
     run(main)
 

@@ -164,8 +164,9 @@ def test_peer_ids_are_immutable_and_ordered() -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("", "not a peer id"),
-        ("hello", "multibase"),
+        ("", "is not a peer id: it is neither base 58"),
+        ("alice", "nor a content id"),
+        ("/ip4/192.0.2.1/tcp/4101", "nor a content id"),
         ("12D3KooW", "multihash|cut off|digest"),
         ("Qm0", "base 58"),
         ("bafkreibm6jg3ux5qumhcn2b3flc3tyu6dmlb4xa7u5bf44yegnrjhc4yeq", "0x55, not libp2p-key"),

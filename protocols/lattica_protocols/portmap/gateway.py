@@ -54,7 +54,7 @@ class LeasesChanged:
 
 
 class GatewayMapper:
-    """See the top of the file. `gateway` and `local_ip` are addresses of the same family."""
+    """See the top of the file. `gateway` and `local_ip` are addresses of the same family, `lifetime` is in seconds."""
 
     def __init__(
         self,
