@@ -116,14 +116,13 @@ class ProviderStore:
         return True
 
     def get(self, key: bytes, unix_now: float, limit: int | None = None) -> list[PeerAddrs]:
-        """Who provides `key`, latest renewal first; addresses only while they are fresh. Above `limit` the origins take
-        turns: otherwise one that comes with many would be all that anybody hears of."""
+        """Who provides `key`; addresses only while they are fresh. Origins take turns, each with its latest renewal
+        first: otherwise one that comes with many would be all that anybody hears of."""
         providers = self._keys.get(key, {})
-        found = [r for r in reversed(providers.values()) if r.received + PROVIDER_LIFETIME > unix_now]
-        if limit is not None and len(found) > limit:
-            found = _in_turns(found)[:limit]
+        found = _in_turns(r for r in reversed(providers.values()) if r.received + PROVIDER_LIFETIME > unix_now)
         return [
-            PeerAddrs(r.provider, r.addrs if r.received + PROVIDER_ADDRS_LIFETIME > unix_now else ()) for r in found
+            PeerAddrs(r.provider, r.addrs if r.received + PROVIDER_ADDRS_LIFETIME > unix_now else ())
+            for r in found[:limit]
         ]
 
     def remove(self, key: bytes, provider: PeerId) -> None:
