@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from lattica.blobs.part import PartFile, part_path
+from lattica.blobs.places import PERIOD, Places
 from lattica.blobs.reader import verify_blob
 from lattica.blobs.search import ContentRouting, SourceSearch
 from lattica.blobs.source_stream import ChunkBuffers, SourceStream
@@ -64,6 +65,10 @@ LOOK_AROUND_INTERVAL = 60.0
 """Seconds between rounds of asking while all is well: others may have it, too, by now."""
 SEARCH_INTERVAL = 3.0
 """Seconds between rounds of asking while sources are missing."""
+ANOTHER_SECONDS = 1.0
+"""How long a manifest or a page is waited for before one more source is asked for it."""
+OBJECT_SECONDS = 300.0
+"""How long one source may take for it: 16 MiB at 56 kB/s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,27 +219,46 @@ class Download:
         return manifest
 
     async def _get_object(self, multihash: Multihash) -> bytes:
-        """From any source; its hash is checked."""
+        """From any source; its hash is checked. While it does not come, another source is asked every second: one that
+        is slow, or never answers, must not hold up the fetch."""
         tried: set[SourceStream] = set()
-        self._start_search()
-        while True:
-            source = next((s for s in self._search.active.values() if s not in tried), None)
-            if source is None:
-                if not self._is_searching():
-                    raise ContentNotFound(f"nobody has {self.cid}: {self._search.describe()}")
-                await self._wait_changed()
-                continue
-            tried.add(source)
-            data = await source.get_object(multihash, MAX_OBJECT_BYTES)
-            if data is None:
-                continue
+        found: list[bytes] = []
+        asked = answered = 0
+
+        async def ask(source: SourceStream) -> None:
+            nonlocal answered
+            data = None
+            with trio.move_on_after(OBJECT_SECONDS):
+                data = await source.get_object(multihash, MAX_OBJECT_BYTES)
+            answered += 1
             try:
-                check_object_untrusted(multihash, data)
+                if data is not None:
+                    check_object_untrusted(multihash, data)
+                    self.givers.add(source.peer)
+                    found.append(data)
             except RemoteProtocolError as error:
                 self._reject(source, str(error))
-                continue
-            self.givers.add(source.peer)
-            return data
+            self._notify()
+
+        self._start_search()
+        async with trio.open_nursery() as nursery:
+            while not found:
+                source = next((s for s in self._search.active.values() if s not in tried), None)
+                if source is not None:
+                    tried.add(source)
+                    asked += 1
+                    nursery.start_soon(ask, source)
+                elif asked == answered and not self._is_searching():
+                    break
+                before = answered
+                with trio.move_on_after(ANOTHER_SECONDS):
+                    await self._wait_changed()
+                    while asked > answered == before:
+                        await self._wait_changed()
+            nursery.cancel_scope.cancel()
+        if not found:
+            raise ContentNotFound(f"nobody has {self.cid}: {self._search.describe()}")
+        return found[0]
 
     async def _fetch_file(self, manifest: BlobManifest) -> None:
         if await self._already_in_place(manifest):
@@ -331,7 +355,7 @@ class Download:
                 if not self.fetched_bytes or quiet > PATIENCE:
                     raise self._not_found(manifest, machine)
                 self._search_again.set()
-            elif machine.starved and trio.current_time() - self._progress_at > PATIENCE:
+            elif machine.starved and not self._is_waiting() and trio.current_time() - self._progress_at > PATIENCE:
                 raise self._not_found(manifest, machine)
             await self._wait_changed()
 
@@ -350,9 +374,34 @@ class Download:
             assert self._nursery is not None
             self._nursery.start_soon(self._search_rounds)
             self._nursery.start_soon(self._follow_paths)
+            self._nursery.start_soon(self._make_room)
 
     def _is_searching(self) -> bool:
-        return self._searching or self._asking_again > 0
+        return self._searching or self._asking_again > 0 or self._is_waiting()
+
+    def _is_waiting(self) -> bool:
+        return bool(self._search.waiting)
+
+    async def _make_room(self) -> None:
+        """Every few seconds, let peers that wait take the places of sources that give little."""
+        places = Places(self._search)
+        while True:
+            await trio.sleep(PERIOD)
+            if self._paused:
+                continue  # by us: the disk is behind
+            for source in places.make_room():
+                log.info("source_displaced peer=%s cid=%s", source.peer.short(), self.cid)
+            self._let_in()
+
+    def _let_in(self) -> None:
+        if self._search.waiting and self._nursery is not None:
+            self._asking_again += 1
+            self._nursery.start_soon(self._ask_waiting)
+
+    async def _ask_waiting(self) -> None:
+        await self._search.let_in()
+        self._asking_again -= 1
+        self._notify()
 
     async def _ask_again(self, peer: PeerId) -> None:
         await self._search.ask_again(peer)
@@ -447,6 +496,7 @@ class Download:
         if self._machine is not None:
             self._machine.remove_source(source, trio.current_time())
             self._pump()
+        self._let_in()
         self._notify()
 
     def waits_for(self, source: SourceStream) -> bool:
@@ -571,6 +621,7 @@ class Download:
     def _end(self) -> None:
         """Close everything; the part file stays for the next attempt."""
         machine, self._machine = self._machine, None
+        self._search.waiting.clear()
         for source in list(self._search.active.values()):
             source.reset()
         if self._part is not None:

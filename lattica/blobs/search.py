@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -37,6 +38,10 @@ AGAIN_SECONDS = 20.0
 _AGAIN_PAUSES = (0.1, 2.0)
 """Seconds between: doubling from the first to the second."""
 _ASKED_AT_A_TIME = 16
+MAX_WAITING = 128
+"""Peers that wait for a place."""
+MAX_TURNS = 2
+"""Turns of a peer that had to make room: in the first one its path may have been busy."""
 
 
 class ContentRouting(Protocol):
@@ -82,6 +87,11 @@ class SourceSearch:
         self.asked: set[PeerId] = set()
         self.silent: set[PeerId] = set()
         """Asked, and neither reached nor heard of."""
+        self.waiting: OrderedDict[PeerId, Sequence[Multiaddr]] = OrderedDict()
+        """Peers that may have it, while all places are taken. Whoever takes all places and sends nothing must not keep
+        the others out: see `displace`."""
+        self._displaced: Counter[PeerId] = Counter()
+        self._letting_in = 0
 
     async def run_round(self, hints: Sequence[PeerId] = ()) -> None:
         """Ask `hints`; if none of them has anything, everybody we can think of."""
@@ -106,6 +116,31 @@ class SourceSearch:
                         nursery.start_soon(self._ask_within, limiter, peer, addrs)
             except LatticaError as error:
                 log.info("providers_failed cid=%s error=%s", self._cid, error)
+
+    def displace(self, source: SourceStream) -> None:
+        """A source that gives little makes room for a peer that waits, and waits itself."""
+        self._displaced[source.peer] += 1
+        source.reset()
+        self._wait(source.peer, ())
+
+    async def let_in(self) -> None:
+        """Ask those that wait, as far as there is room."""
+
+        async def ask(peer: PeerId, addrs: Sequence[Multiaddr]) -> None:
+            try:
+                await self._ask(peer, addrs)
+            finally:
+                self._letting_in -= 1
+
+        async with trio.open_nursery() as nursery:
+            while self.waiting and len(self.active) + self._letting_in < MAX_FETCH_SOURCES:
+                peer, addrs = self.waiting.popitem(last=False)
+                self._letting_in += 1
+                nursery.start_soon(ask, peer, addrs)
+
+    def _wait(self, peer: PeerId, addrs: Sequence[Multiaddr]) -> None:
+        if peer not in self.rejected and self._displaced[peer] < MAX_TURNS and len(self.waiting) < MAX_WAITING:
+            self.waiting.setdefault(peer, addrs)
 
     async def ask_again(self, peer: PeerId) -> None:
         """The connection with a source was lost: ask it over another one, for as long as its return is likely."""
@@ -164,6 +199,7 @@ class SourceSearch:
         if peer == self._host.peer_id or peer in self.active or peer in self.rejected:
             return
         if len(self.active) >= MAX_FETCH_SOURCES:
+            self._wait(peer, addrs)
             return
         self.asked.add(peer)
         self.silent.add(peer)
@@ -177,8 +213,10 @@ class SourceSearch:
                 await source.answered.wait()
                 if not source.closed:
                     self.silent.discard(peer)
-                    room = peer not in self.active and len(self.active) < MAX_FETCH_SOURCES
-                    useful = source.have is not None and room
+                    useful = source.have is not None and peer not in self.active
+                    if useful and len(self.active) >= MAX_FETCH_SOURCES:
+                        useful = False
+                        self._wait(peer, addrs)
         except (LatticaError, ProtocolError) as error:
             log.debug("ask_failed peer=%s cid=%s error=%s", peer.short(), self._cid, error)
         finally:

@@ -36,7 +36,9 @@ _BLOB = 0
 """A stream asks about one blob, under this number."""
 _KEPT_BUFFERS = 16
 OBJECT_TIMEOUT = 20.0
-"""Seconds without a byte of an object that was asked for."""
+"""Seconds without progress on an object that was asked for."""
+PROGRESS_BYTES = 4096
+"""So many are progress, or whoever sends a byte now and then would be waited for without an end."""
 
 
 class ChunkBuffers:
@@ -83,11 +85,13 @@ class SourceStream:
         """It was closed because its connection is gone."""
         self.connection = stream.connection
         self.attached = False
-        self.chunks_given = 0
+        self.received_bytes = 0
+        """Of whatever it sent, since the last look of `Places`."""
         self._owner = owner
         self._stream = stream
         self._objects: dict[int, tuple[trio.Event, list[bytes | None]]] = {}
         self._progressed = False
+        self._unreported = 0
 
     def start(self, multihash: Multihash) -> None:
         """Ask what the peer has; `answered` is set when it told or the stream ended."""
@@ -157,8 +161,12 @@ class SourceStream:
         if self.closed:
             return
         self.machine.receive_data(data)
-        self._progressed = True
-        self._owner.source_progressed(self)
+        self.received_bytes += len(data)
+        self._unreported += len(data)
+        if self._unreported >= PROGRESS_BYTES:
+            self._unreported = 0
+            self._progressed = True
+            self._owner.source_progressed(self)
         while (event := self.machine.next_event()) is not None:
             self._on_event(event)
 
@@ -178,6 +186,10 @@ class SourceStream:
         for event, _ in self._objects.values():
             event.set()
         self._owner.source_closed(self)
+
+    def owes(self) -> bool:
+        """It was asked for something that has not come."""
+        return any(not event.is_set() for event, _ in self._objects.values()) or self._owner.waits_for(self)
 
     def _waits(self) -> bool:
         return not self.answered.is_set() or self._owner.waits_for(self)

@@ -35,6 +35,7 @@ from lattica_protocols.kad.messages import KadMessage, MessageType, PeerAddrs, R
 from lattica_protocols.kad.records import SignedValue, Validators, open_value_untrusted, record_key, seal_value
 from lattica_protocols.kad.routing import RoutingTable
 from lattica_protocols.kad.server import KadServer
+from lattica_protocols.kad.shares import origin_of
 from lattica_protocols.kad.store import VALUE_LIFETIME
 from lattica_protocols.limits import KAD_MAX_ADDRS_PER_PEER, KAD_MAX_PROVIDER_KEY_BYTES
 
@@ -373,6 +374,12 @@ class KadService:
             self._counters["lookup_requests"] += lookup.requests
         self.table.looked_up(lookup.key, trio.current_time())
 
+    def _source(self, peer: PeerId) -> str:
+        """Who stands behind what a peer answers: its network, in a private one the peer itself."""
+        connection = self._host.connection(peer, "control")
+        remote = None if connection is None else connection.remote_addr
+        return origin_of(remote) if remote is not None and remote.is_global else str(peer)
+
     async def _closest(self, key: bytes) -> tuple[list[PeerId], dict[PeerId, PeerAddrs]]:
         book: dict[PeerId, PeerAddrs] = {}
         lookup = Lookup(key, self.table.closest(key), own=self._host.peer_id)
@@ -459,8 +466,11 @@ class KadService:
             with search.scope:
                 async with trio.open_nursery() as nursery:
 
-                    def offer(providers: Iterable[PeerAddrs]) -> None:
-                        for provider in lookup.on_providers(p for p in providers if p.peer != own):
+                    def offer(providers: Iterable[PeerAddrs], source: str) -> None:
+                        hand_on(lookup.on_providers((p for p in providers if p.peer != own), source))
+
+                    def hand_on(providers: Iterable[PeerAddrs]) -> None:
+                        for provider in providers:
                             addrs = provider.addrs or tuple(self._host.peerstore.addrs(provider.peer))
                             if addrs or self._host.connections(provider.peer):
                                 search.found(PeerAddrs(provider.peer, addrs))
@@ -470,12 +480,13 @@ class KadService:
 
                     async def ask(peer: PeerId) -> Iterable[PeerAddrs]:
                         answer = await self._requests.ask(peer, message, self._known(book, peer))
-                        offer(answer.providers)
+                        offer(answer.providers, self._source(peer))
                         search.asked, search.answered = lookup.requests, lookup.answered() + 1
                         return answer.closer
 
-                    offer(self.server.providers.get(key, self.clock()))
+                    offer(self.server.providers.get(key, self.clock()), "")
                     await self._run(lookup, ask, book)
+                    hand_on(lookup.spare())
         finally:
             search.asked, search.answered = lookup.requests, lookup.answered()
             search.finish()

@@ -236,17 +236,19 @@ KAD_MAX_TABLE_PEERS_PER_SUBNET = 2
 """Peers of one bucket within one IPv4 /24 or IPv6 /48 (private addresses aside): one operator cannot fill it."""
 
 KAD_PROVIDERS_PER_KEY = 256
-"""Providers kept for one key; the longest unrefreshed one makes room. An answer carries 64."""
+"""Providers kept for one key; the longest unrefreshed one of the network that has most makes room. An answer carries
+64, of all networks in turn."""
 
 KAD_PROVIDER_KEYS_PER_PEER = 4096
 """Keys that one peer may have itself recorded for here. A peer sharing 100,000 blobs in a network of 1,000 spreads
 2,000 over each of us."""
 
 KAD_MAX_PROVIDER_RECORDS = 50_000
-"""Provider records in all, about 300 bytes each: 15 MB."""
+"""Provider records in all, about 800 bytes each with 4 addresses: 40 MB. Above that the network that has most makes
+room (`kad/shares.py`)."""
 
 KAD_MAX_VALUES = 8192
-"""Values in all."""
+"""Values in all; likewise."""
 
 KAD_MAX_VALUES_BYTES = 16 << 20
 """Bytes of all values together; with KAD_MAX_VALUE_BYTES that is at least 2,048 values."""

@@ -118,6 +118,38 @@ def test_search_stops_at_the_wanted_number(run_mocked: Callable[..., Any]) -> No
     run_mocked(bare, main)
 
 
+def test_a_peer_that_makes_up_providers_does_not_hide_the_real_one(run_mocked: Callable[..., Any]) -> None:
+    """It answers before all others, and names more than are wanted."""
+
+    async def main() -> None:
+        async with open_network(8) as peers:
+            provider, liar, seeker = peers[2], peers[3], peers[7]
+            await provider.kad.provide(content_key(2))
+            seeker.kad.server.providers.remove(content_key(2), provider.id)
+            nobody = [PeerId.from_bytes_untrusted(bytes.fromhex("1220") + bytes([n]) * 32) for n in range(40)]
+            made_up = [peer_entry(PeerAddrs(peer, (liar.addr,))) for peer in nobody]
+
+            def lie(request: KadMessage, *_: object) -> KadMessage:
+                return KadMessage(type=request.type, key=request.key, provider_peers=made_up)
+
+            def slow(peer: Peer) -> Callable[[Any], Awaitable[None]]:
+                async def serve(stream: Any) -> None:
+                    await trio.sleep(1)
+                    await peer.kad._inbound.serve(stream)
+
+                return serve
+
+            liar.kad.server.answer_untrusted = lie  # type: ignore[method-assign, assignment]
+            for peer in peers:
+                if peer is not liar:
+                    peer.host.handle(PROTOCOL, slow(peer))
+            found = [peer async for peer, _ in seeker.kad.find_providers(content_key(2), 20)]
+            assert provider.id in found[:6]
+            assert len(found) == 20, "the rest are worth a try when there is nothing better"
+
+    run_mocked(bare, main)
+
+
 def test_nobody_provides_it(run_mocked: Callable[..., Any]) -> None:
     async def main() -> None:
         async with open_network(5) as peers:

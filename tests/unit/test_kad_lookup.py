@@ -163,6 +163,31 @@ def test_disjoint_paths() -> None:
     assert lookup.result()[:10] == PEERS[20:30]
 
 
+def test_one_source_does_not_name_all_providers() -> None:
+    """Whoever makes up providers, and answers first, must not end the search; what all name above their share counts
+    only when there is nothing better."""
+    lookup = ProvidersLookup(KEY, PEERS[:30], wanted=8)
+    take(lookup)
+    made_up = [PeerAddrs(peer(6000 + n)) for n in range(60)]
+    assert lookup.on_providers(made_up, "liar") == made_up[:2]
+    assert lookup.on_providers(made_up[2:], "liar") == []
+    lookup.on_success(PEERS[0], [], 0.0)
+    assert not lookup.finished
+    real = [PeerAddrs(peer(5000 + n)) for n in range(3)]
+    assert lookup.on_providers(real[:1], "a") == real[:1]
+    assert lookup.on_providers(real, "b") == real[1:]
+    assert lookup.on_providers([PeerAddrs(peer(5000 + n)) for n in range(9)], "c") == [
+        PeerAddrs(peer(5003)),
+        PeerAddrs(peer(5004)),
+    ]
+    assert [p.peer for p in lookup.spare()] == [peer(6002)]
+    assert len(lookup.providers()) == 7
+
+    everything = ProvidersLookup(KEY, PEERS[:30])
+    assert everything.on_providers(made_up, "liar") == made_up
+    assert everything.spare() == []
+
+
 def test_providers_stop_at_enough() -> None:
     lookup = ProvidersLookup(KEY, PEERS[:30], wanted=2)
     addr = Multiaddr.parse("/ip4/8.8.8.8/tcp/1")
@@ -172,7 +197,7 @@ def test_providers_stop_at_enough() -> None:
     assert lookup.on_providers([PeerAddrs(peer(5001), (addr,))]) == [PeerAddrs(peer(5001), (addr,))]
     lookup.on_success(PEERS[0], [], 0.0)
     assert not lookup.finished
-    lookup.on_providers([PeerAddrs(peer(5002))])
+    lookup.on_providers([PeerAddrs(peer(5002))], "another")
     assert lookup.finished
     assert lookup.next(0.0) is None
     assert [p.peer for p in lookup.providers()] == [peer(5001), peer(5002)]

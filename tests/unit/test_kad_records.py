@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,7 @@ from lattica_protocols.kad.messages import (
 from lattica_protocols.kad.records import Validators, open_value_untrusted, record_key, seal_value
 from lattica_protocols.kad.routing import RoutingTable
 from lattica_protocols.kad.server import KadServer, addresses_for
+from lattica_protocols.kad.shares import Shares
 from lattica_protocols.kad.store import ProviderDropped, ProviderStore, ValueStore
 from lattica_protocols.keys import PrivateKey
 from lattica_protocols.limits import KAD_MAX_MESSAGE_BYTES, KAD_MAX_RECORD_LIFETIME
@@ -170,6 +173,102 @@ def test_provider_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert providers.add(b"other", BOB_ID, [], NOW)
     assert not providers.add(b"another", BOB_ID, [], NOW), "the store is full"
     assert len(providers) == 8
+
+
+def test_one_network_does_not_hide_the_providers_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ids cost nothing: whoever announces a key under many must not be all that is known and told of it."""
+    monkeypatch.setattr(store, "KAD_PROVIDERS_PER_KEY", 8)
+    providers = ProviderStore()
+    providers.add(b"k", ALICE_ID, [ADDR], NOW, "192.0.2.0/24")
+    providers.add(b"k", BOB_ID, [ADDR], NOW, "198.51.100.0/24")
+    for n in range(100):
+        assert providers.add(b"k", peer(n), [ADDR], NOW + 1 + n, "203.0.113.0/24")
+    told = [p.peer for p in providers.get(b"k", NOW + 200, 4)]
+    assert told == [peer(99), BOB_ID, ALICE_ID, peer(98)]
+    assert len(providers) == 8
+    assert providers.add(b"k", peer(200), [ADDR], NOW + 300, "192.0.2.0/24")
+    assert [p.peer for p in providers.get(b"k", NOW + 300, 3)] == [peer(200), peer(99), BOB_ID]
+
+
+def test_one_network_does_not_fill_the_provider_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "KAD_MAX_PROVIDER_RECORDS", 20)
+    providers = ProviderStore()
+    for n in range(20):
+        assert providers.add(bytes([n]), peer(n % 3), [], NOW + n, "flood")
+    assert not providers.add(b"more", peer(1), [], NOW + 20, "flood")
+    taken = [providers.add(bytes([100 + n]), ALICE_ID, [], NOW + 21 + n, "honest") for n in range(30)]
+    assert taken == [True] * 10 + [False] * 20, "half of the store"
+    assert len(providers) == 20
+    assert providers.get(bytes([9]), NOW + 60) == [], "the oldest went"
+    assert providers.get(bytes([10]), NOW + 60) != []
+    assert not providers.add(b"more", peer(1), [], NOW + 60, "flood")
+    assert providers.add(b"more", BOB_ID, [], NOW + 60, "third")
+    assert providers.expire(NOW + 60 + 48 * HOUR) == 20
+
+
+def test_one_network_does_not_fill_the_value_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "KAD_MAX_VALUES", 20)
+    monkeypatch.setattr(store, "KAD_MAX_VALUES_BYTES", 20_000)
+    values = ValueStore(Validators(accept_any=True))
+    for n in range(19):
+        values.put_untrusted(bytes([n]), bytes(1000), BOB_ID, NOW, "flood")
+    with pytest.raises(RemoteProtocolError, match="full"):
+        values.put_untrusted(b"more", bytes(2000), BOB_ID, NOW, "flood")
+    values.put_untrusted(b"small", b"x", ALICE_ID, NOW, "honest")
+    values.put_untrusted(b"large", bytes(2500), ALICE_ID, NOW, "honest")
+    assert values.get(b"small", NOW) == b"x"
+    assert values.get(b"large", NOW) == bytes(2500)
+    assert values.stored_bytes <= 20_000
+    assert [n for n in range(19) if values.get(bytes([n]), NOW) is None] == [0, 1]
+
+    values.put_untrusted(b"small", b"x", BOB_ID, NOW + 1, "flood")  # repeated by somebody else
+    for n in range(3):
+        values.put_untrusted(bytes([50 + n]), bytes(1000), ALICE_ID, NOW + 2, "honest")
+    assert values.get(b"small", NOW + 2) == b"x"
+
+
+def test_records_count_for_the_network_of_their_sender() -> None:
+    """Asked through the server: the address of the connection says whose a record is, not what the record claims."""
+    server = KadServer(ALICE_ID, RoutingTable(ALICE_ID, 0.0), lambda peer: [], validators=Validators(accept_any=True))
+    for text, origin in (
+        ("/ip4/8.8.4.7/tcp/1", "8.8.4.0/24"),
+        ("/ip6/2001:4860:1:2::3/udp/1/quic-v1", "2001:4860:1::/48"),
+        ("/ip4/192.168.1.7/tcp/1", "192.168.1.7"),
+        (f"/ip4/8.8.4.9/tcp/1/p2p/{BOB_ID}/p2p-circuit", "8.8.4.0/24"),
+    ):
+        key, remote = origin.encode(), Multiaddr.parse(text)
+        claims = [peer_entry(PeerAddrs(BOB_ID, (ADDR,)))]
+        server.answer_untrusted(
+            KadMessage(type=MessageType.ADD_PROVIDER, key=key, provider_peers=claims), BOB_ID, remote, NOW
+        )
+        record = Record(key=key, value=b"v")
+        server.answer_untrusted(KadMessage(type=MessageType.PUT_VALUE, key=key, record=record), BOB_ID, remote, NOW)
+        assert [r.origin for r in server.values.records() if r.key == key] == [origin]
+        changes = server.providers.poll_changes()
+        assert [change.origin for change in changes if isinstance(change, store.ProviderRecord)] == [origin]
+
+
+def test_shares_are_those_of_a_count() -> None:
+    shares: Shares[int] = Shares()
+    rng, held = random.Random(1), dict[int, tuple[str, int]]()
+    for entry in range(5000):
+        origin, weight = rng.choice("aabcdefgh"), rng.randrange(1, 5)
+        shares.put(origin, entry, weight)
+        held[entry] = origin, weight
+        if rng.random() < 0.9 and len(held) > 30:
+            gone = rng.choice([*held])
+            shares.drop(held.pop(gone)[0], gone)
+        weights: Counter[str] = Counter()
+        for name, value in held.values():
+            weights[name] += value
+        asking = rng.choice("abxy")
+        displaced = shares.displaced_by(asking, 3)
+        if displaced is None:
+            assert weights[asking] + 3 >= max(weights.values())
+        else:
+            loser = held[displaced][0]
+            assert weights[loser] == max(weights.values()) > weights[asking] + 3
+            assert displaced == next(entry for entry, (name, _) in held.items() if name == loser), "its oldest"
 
 
 def test_stored_providers_come_back() -> None:

@@ -47,7 +47,7 @@ MIN_WINDOW = 2
 RARITY_CANDIDATES = 32
 """Missing chunks compared for rarity per pick: bounds the work, and a random 32 are as good as all."""
 MAX_COPIES = 2
-"""Sources asked for the same chunk in the end game."""
+"""Sources asked for the same chunk in the end game, stalled ones not counted."""
 _RATE_GAIN = 0.3
 
 _MISSING, _ASSIGNED, _DONE = 0, 1, 2
@@ -420,7 +420,7 @@ class Fetch(Generic[K]):
             if source == thief or not other.outstanding:
                 continue
             for index in reversed(other.outstanding):
-                if index not in self._in_hand and index in entry.have and len(self._askers[index]) < MAX_COPIES:
+                if index not in self._in_hand and index in entry.have and self._live_askers(index) < MAX_COPIES:
                     quiet = now - other.progress_at
                     queue_seconds = len(other.outstanding) * CHUNK_BYTES / other.rate if other.rate else quiet
                     seconds = max(queue_seconds, quiet)

@@ -22,8 +22,10 @@ from __future__ import annotations
 
 import bisect
 import enum
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from kademlia.node import NodeHeap
 
@@ -49,6 +51,9 @@ QUORUM = 8
 """Peers that have to give the same best value before a value lookup stops early. One that lags behind is outvoted by
 sequence numbers; when half of the twenty replicas do, the first four to answer are all stale in 4 of 100 lookups, the
 first eight in 4 of 10,000. go-libp2p waits for sixteen when it resolves IPNS names."""
+
+SOURCES_OF_PROVIDERS = 4
+"""How many sources of answers it takes, at least, to end a search for providers early."""
 
 
 class _State(enum.Enum):
@@ -246,24 +251,49 @@ class Lookup:
 
 
 class ProvidersLookup(Lookup):
-    """GET_PROVIDERS: stops when `wanted` providers were found (0: all that the k closest peers know)."""
+    """GET_PROVIDERS: stops when `wanted` providers were found (0: all that the k closest peers know).
+
+    Anybody may answer with providers that he made up, so one *source* of answers gives a quarter of those wanted at
+    most. What it names above that is kept, for when the lookup ends with fewer: see `spare`.
+    """
 
     def __init__(self, key: bytes, seeds: Iterable[PeerId], *, wanted: int = 0, own: PeerId | None = None) -> None:
         super().__init__(key, seeds, own=own)
         self._wanted = wanted
+        self._share = max(1, wanted // SOURCES_OF_PROVIDERS)
         self._found: dict[PeerId, PeerAddrs] = {}
+        self._given: Counter[str] = Counter()
+        self._over: dict[str, list[PeerAddrs]] = {}
 
-    def on_providers(self, providers: Iterable[PeerAddrs]) -> list[PeerAddrs]:
-        """Providers of one answer; gives those that are new or whose addresses were not known before."""
+    def on_providers(self, providers: Iterable[PeerAddrs], source: str = "") -> list[PeerAddrs]:
+        """Providers of one answer; gives those to use now that are new or whose addresses were not known before.
+        `source` is whoever stands behind the answer."""
         fresh = []
         for provider in providers:
             known = self._found.get(provider.peer)
-            if known is None or (provider.addrs and not known.addrs):
-                self._found[provider.peer] = provider
-                fresh.append(provider)
+            if known is not None and (known.addrs or not provider.addrs):
+                continue
+            if known is None:
+                if self._wanted and self._given[source] >= self._share:
+                    over = self._over.setdefault(source, [])
+                    if len(over) < self._wanted:
+                        over.append(provider)
+                    continue
+                self._given[source] += 1
+            self._found[provider.peer] = provider
+            fresh.append(provider)
         if self._wanted and len(self._found) >= self._wanted:
             self.stop()
         return fresh
+
+    def spare(self) -> list[PeerAddrs]:
+        """What the sources named above their shares, in turns, as far as providers are still wanted."""
+        spare: dict[PeerId, PeerAddrs] = {}
+        for turn in zip_longest(*self._over.values()):
+            for provider in turn:
+                if provider is not None and provider.peer not in self._found:
+                    spare.setdefault(provider.peer, provider)
+        return list(spare.values())[: max(0, self._wanted - len(self._found))]
 
     def providers(self) -> list[PeerAddrs]:
         """All found so far."""

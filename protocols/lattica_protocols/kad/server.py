@@ -24,6 +24,7 @@ from lattica_protocols.kad.messages import (
 )
 from lattica_protocols.kad.records import Validators
 from lattica_protocols.kad.routing import K, RoutingTable
+from lattica_protocols.kad.shares import origin_of
 from lattica_protocols.kad.store import ProviderStore, ValueStore
 from lattica_protocols.limits import (
     KAD_MAX_ADDRS_PER_PEER,
@@ -78,7 +79,7 @@ class KadServer:
             self._add_provider_untrusted(request, key, sender, remote, unix_now)
             return None
         if kind == MessageType.PUT_VALUE:
-            return self._put_value_untrusted(request, key, sender, unix_now)
+            return self._put_value_untrusted(request, key, sender, remote, unix_now)
         closer = self._closer(key, sender, remote, with_target=kind == MessageType.FIND_NODE)
         if kind == MessageType.FIND_NODE:
             return KadMessage(type=kind, key=key, closer_peers=closer)
@@ -130,17 +131,20 @@ class KadServer:
         _check_provider_key_untrusted(key)
         for provider in peers_untrusted(request.provider_peers, KAD_MAX_PEERS_IN_MESSAGE):
             if provider.peer == sender:
-                self.providers.add(key, sender, addresses_for(provider.addrs, remote), unix_now)
+                addrs = addresses_for(provider.addrs, remote)
+                self.providers.add(key, sender, addrs, unix_now, origin_of(remote))
                 return
         raise RemoteProtocolError("provider record that does not name its sender")
 
-    def _put_value_untrusted(self, request: KadMessage, key: bytes, sender: PeerId, unix_now: float) -> KadMessage:
+    def _put_value_untrusted(
+        self, request: KadMessage, key: bytes, sender: PeerId, remote: Multiaddr | None, unix_now: float
+    ) -> KadMessage:
         record = request.record
         if record is None or record.value is None:
             raise RemoteProtocolError("PUT_VALUE without a value")
         if record.key is not None and record.key != key:
             raise RemoteProtocolError("PUT_VALUE with two different keys")
-        stored = self.values.put_untrusted(key, record.value, sender, unix_now)
+        stored = self.values.put_untrusted(key, record.value, sender, unix_now, origin_of(remote))
         return KadMessage(type=MessageType.PUT_VALUE, key=key, record=Record(key=key, value=stored))
 
 
