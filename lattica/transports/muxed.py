@@ -402,10 +402,12 @@ class MuxedConnection(Connection):
         self._heartbeat.keep_up(every, trio.current_time())
         self._wake_watch()
 
-    def doubt(self) -> None:
-        super().doubt()
+    def ask(self) -> None:
         self.session.ping(trio.current_time())
         self.wake_writer()
+
+    def doubt(self) -> None:
+        super().doubt()
         self._wake_watch()
 
     def _wake_watch(self) -> None:
