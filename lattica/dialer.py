@@ -5,6 +5,9 @@ because TCP carries bulk thirty times as fast here), the families interleaved, a
 with a short delay; an attempt that fails starts the next one at once. Relayed addresses do not wait for all direct
 ones: they start after one delay, so that a peer that cannot be reached directly answers soon; a better path is looked
 for afterwards (`lattica.punch`).
+
+What is known of a peer may be old, and a relay that died does not refuse: it keeps silent. So others are asked for
+addresses as soon as the known ones take long, and those are tried beside them.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 
 ATTEMPT_DELAY = 0.25
 """Seconds before the next address is tried beside the first: RFC 8305, section 8."""
+SEARCH_DELAY = 1.0
+"""Seconds before others are asked: a handshake over a relay at the other end of the world takes as long."""
 MAX_ATTEMPTS = 24
 """Addresses tried for one peer; a peer chooses how many it advertises."""
 
@@ -107,3 +112,41 @@ async def dial_first(addrs: Sequence[Multiaddr], dial_one: DialOne, *, delay: fl
         raise failures[0][1]
     told = [str(error) if str(addr) in str(error) else f"{addr}: {error}" for addr, error in failures]
     raise ConnectError("; ".join(told))
+
+
+async def dial_with_search(
+    dial: Callable[[], Awaitable[Connection]], search: Callable[[], Awaitable[Connection | None]]
+) -> Connection:
+    """What `dial` makes of the addresses that are known; when it fails or takes `SEARCH_DELAY`, what `search` finds
+    besides, if that is quicker. `search` returns `None` when it finds nothing.
+
+    `WrongPeer` at once; when both fail, `ConnectError` with both reasons.
+    """
+    winner: list[Connection] = []
+    errors: list[ConnectError] = []
+    failed = trio.Event()
+
+    async def attempt(how: Callable[[], Awaitable[Connection | None]]) -> None:
+        try:
+            connection = await how()
+        except ConnectError as error:
+            errors.append(error)
+            failed.set()
+            if isinstance(error, WrongPeer):
+                nursery.cancel_scope.cancel()
+            return
+        if connection is not None:
+            winner.append(connection)
+            nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(attempt, dial)
+        with trio.move_on_after(SEARCH_DELAY):
+            await failed.wait()
+        await attempt(search)
+    if winner:
+        return winner[0]
+    for error in errors:
+        if isinstance(error, WrongPeer) or len(errors) == 1:
+            raise error
+    raise ConnectError("; ".join(map(str, errors)))

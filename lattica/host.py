@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 import trio
 
-from lattica.dialer import dial_first, order_addresses
+from lattica.dialer import dial_first, dial_with_search, order_addresses
 from lattica.errors import ConnectError, ConnectionLost, DialError, LatticaError, NoAddresses, WrongPeer
 from lattica.interfaces import Connection, Listener, Stream, StreamClass, Transport
 from lattica.listen_addrs import expand_wildcards
@@ -124,7 +124,8 @@ class Host:
         self._expanded_until = float("-inf")
         self._handlers: dict[str, StreamHandler] = {}
         self._sessions: dict[PeerId, Session] = {}
-        self._dials: dict[PeerId, trio.Event] = {}
+        self._dials: dict[tuple[PeerId, bool], trio.Event] = {}
+        """That are under way: to addresses that were known, and to those that a search found."""
         self._protected: Counter[PeerId] = Counter()
         self._subscribers: list[trio.MemorySendChannel[HostEvent]] = []
         self._unread = UnreadAccount(self.connections, nursery.start_soon)
@@ -269,7 +270,7 @@ class Host:
         """A connection with `peer`: one that is up, or a new one over `addrs` and all addresses known.
 
         With `peer` None the first of `addrs` has to name the peer or whoever answers is accepted.
-        With `route` others are asked (`find_addrs`) when no address is known or none of them answers.
+        With `route` others are asked (`find_addrs`) when no address is known or none of them answers soon.
         Errors: `NoAddresses`, `WrongPeer`, `ConnectError`.
         """
         if peer is None:
@@ -284,18 +285,13 @@ class Host:
             raise ConnectError(reason)
         if addrs:
             self.peerstore.add_addrs(peer, addrs, CONNECTED_TTL)
+        best = self.connection(peer)
+        if best is not None:
+            return best
         known = self.peerstore.addrs(peer)
-        if known or not route:
-            try:
-                return await self._connect_known(peer)
-            except WrongPeer:
-                raise
-            except ConnectError:
-                if not route or not await self._find_more(peer, known):
-                    raise
-        elif self.connection(peer) is None:
-            await self._find_more(peer, ())
-        return await self._connect_known(peer)
+        if not route or self.find_addrs is None:
+            return await self._connect_once(peer, known)
+        return await dial_with_search(lambda: self._connect_once(peer, known), lambda: self._find_more(peer, known))
 
     async def dial(self, peer: PeerId, addrs: Sequence[Multiaddr]) -> Connection:
         """A new connection with `peer` over one of `addrs`, also when others are up: to a relay, or to leave one.
@@ -307,28 +303,29 @@ class Host:
             raise ConnectError(reason)
         return await self._dial(peer, addrs)
 
-    async def _find_more(self, peer: PeerId, known: Collection[Multiaddr]) -> bool:
-        """Ask others where `peer` is; whether that told anything new. The search itself may connect with it."""
-        if self.find_addrs is None:
-            return False
+    async def _find_more(self, peer: PeerId, known: Collection[Multiaddr]) -> Connection | None:
+        """A connection by addresses that others know besides. The search itself may connect with the peer."""
+        assert self.find_addrs is not None
         found = [addr.without_peer() for addr in await self.find_addrs(peer)]
         self.peerstore.add_addrs(peer, found, FOUND_TTL)
-        return any(addr not in known for addr in found)
+        new = [addr for addr in found if addr not in known]
+        return await self._connect_once(peer, new, searched=True) if new else self.connection(peer)
 
-    async def _connect_known(self, peer: PeerId) -> Connection:
+    async def _connect_once(self, peer: PeerId, addrs: Sequence[Multiaddr], *, searched: bool = False) -> Connection:
+        """Whoever comes while another one dials waits for that."""
         while True:
             best = self.connection(peer)
             if best is not None:
                 return best
-            running = self._dials.get(peer)
+            running = self._dials.get((peer, searched))
             if running is None:
                 break
             await running.wait()
-        done = self._dials[peer] = trio.Event()
+        done = self._dials[peer, searched] = trio.Event()
         try:
-            return await self._dial(peer, self.peerstore.addrs(peer))
+            return await self._dial(peer, addrs)
         finally:
-            del self._dials[peer]
+            del self._dials[peer, searched]
             done.set()
 
     async def _dial(self, peer: PeerId | None, addrs: Sequence[Multiaddr]) -> Connection:

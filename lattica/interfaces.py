@@ -229,10 +229,14 @@ class Connection(ABC):
     def keep_up(self, every: float) -> None:  # noqa: B027
         """Let no more than `every` seconds pass in silence while nobody waits for the peer. 25 until this is called."""
 
+    def ask(self) -> None:  # noqa: B027
+        """Ask the peer for a sign of life, which `received_bytes` tells."""
+
     def doubt(self) -> None:
         """Something suggests that the path is dead: others are preferred until the peer is heard again. It is asked
         for a sign of life."""
         self._doubted_at = self.received_bytes
+        self.ask()
 
     @property
     def doubtful(self) -> bool:

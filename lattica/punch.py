@@ -78,6 +78,8 @@ OPENING_HOPS: Final = 2
 opens the first only."""
 RELAYED_LINGER: Final = 10.0
 """Seconds after which an unused relayed connection is closed when a direct one is up."""
+SIGN_SECONDS: Final = 3.0
+"""For a sign of life of the direct one, as a heartbeat has it."""
 MAX_CANDIDATES: Final = 16
 """Addresses of ours that we name; a partner of ours tries six."""
 
@@ -564,16 +566,26 @@ class HolePuncher:
 
     async def _leave_relays(self, direct: Connection, nursery: trio.Nursery) -> None:
         """Close relayed connections with the peer when nothing runs on them any more; when the direct one is lost
-        before, look for another."""
+        before, look for another.
+
+        A peer comes by a relay also because it lost the direct path, of which we may not know yet: nothing is left for
+        a path that gives no sign of life.
+        """
         peer = direct.peer_id
         while not direct.closed.is_set():
-            with trio.move_on_after(RELAYED_LINGER):
+            heard = direct.received_bytes
+            direct.ask()
+            with trio.move_on_after(SIGN_SECONDS):
+                await direct.closed.wait()
+            if direct.received_bytes == heard:
+                direct.doubt()
+            with trio.move_on_after(RELAYED_LINGER - SIGN_SECONDS):
                 await direct.closed.wait()
                 break
             if not self._relayed(peer):
                 return
             for connection in self._relayed(peer):
-                if connection.stream_count() == 0:
+                if connection.stream_count() == 0 and not direct.doubtful:
                     await connection.aclose()
         for connection in self._relayed(peer):
             self._consider(connection, nursery)

@@ -10,7 +10,9 @@ import trio
 
 from lattica.rpc.forward import Forwarder
 from lattica_daemon.control import SERVICE_NAME, control_methods
+from lattica_daemon.control.arguments import read_peer
 from lattica_daemon.doctor.peer import behaviour_to_plain
+from lattica_daemon.doctor.relay_delay import RelayTripsForPeers
 from lattica_daemon.home import Home
 from lattica_daemon.measured import BenchService
 from lattica_daemon.rules import PeerRules
@@ -44,7 +46,12 @@ class Daemon:
         self.local: LocalServer | None = None
         self.forwarder = Forwarder(node.rpc, node.peer_id, nursery)
         self.forwarder.serve_local(SERVICE_NAME, control_methods(self))
-        asked = {"services": self._services_for_peers, "nat": self._nat_for_peers}
+        self._relay_trips = RelayTripsForPeers(node)
+        asked = {
+            "services": self._services_for_peers,
+            "nat": self._nat_for_peers,
+            "relay_trip": self._relay_trip_for_peers,
+        }
         node.rpc.serve("bench", BenchService(), max_value=RPC_MAX_DAEMON_VALUE)
         node.rpc.serve("lattica", asked, max_value=RPC_MAX_DAEMON_VALUE)
 
@@ -61,6 +68,10 @@ class Daemon:
         """What stands between us, for the other side's `lattica doctor`."""
         nat = self.node.nat
         return behaviour_to_plain(NatBehaviour() if nat is None else nat.behaviour)
+
+    async def _relay_trip_for_peers(self, relay: str) -> float | None:
+        """Seconds of our round trip with the relay between us, for the other side's `lattica doctor`."""
+        return await self._relay_trips.trip(read_peer(relay))
 
     def offered_services(self) -> dict[str, list[str]]:
         """What peers can call here: names of services, each with its methods (without the service's name)."""

@@ -1,5 +1,9 @@
 """Being reachable through relays: finds them, keeps reservations, and says at which addresses we are there.
 
+A relay that dies without a word takes its reservation with it, and nobody who looks for us there can tell us. So those
+at which we have a place are asked for a sign of life every 8 s; one that gives none is replaced before its connections
+are given up, and stays when it turns out to have been slow.
+
 Possible relays are connected peers whose identify lists the hop protocol, those named in the settings, and, when too
 few of these give us a place, providers of `RELAY_KEY` in the DHT. `ReservationKeeper` decides whom to ask and when.
 """
@@ -9,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
-from collections.abc import AsyncIterable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -35,6 +39,10 @@ RELAY_KEY: Final = b"\x12\x20" + hashlib.sha256(b"/lattica/relay/1").digest()
 """Multihash under which relays provide themselves in the DHT."""
 FOUND_PER_SEARCH: Final = 8
 SEARCH_SECONDS: Final = 20.0
+LOOK_SECONDS: Final = 8.0
+"""Between two signs of life of a relay: 12 s at most until it is replaced, for 13 bytes a second over QUIC."""
+ANSWER_SECONDS: Final = 2.0
+"""For a sign of life; then all connections with the relay are asked, and have as long again."""
 _UNKNOWN_RTT: Final = 1.0
 _PREFERRED: Final = -1000.0
 """Rank of relays named in the settings: before all others."""
@@ -61,6 +69,8 @@ class RelayClient:
         self._keeper = ReservationKeeper(random.Random(host.rng.getrandbits(64)))
         self._changed = trio.Event()
         self._addrs: dict[PeerId, list[Multiaddr]] = {}
+        self._silent: set[PeerId] = set()
+        """Relays at which we have a place, and that do not answer."""
         self.last_error: dict[PeerId, str] = {}
         """Why relays did not give us a place, for `doctor`."""
         for addr in preferred:
@@ -87,12 +97,17 @@ class RelayClient:
         """Relays at which we have a place, each with the addresses at which others find us there."""
         return {relay: list(addrs) for relay, addrs in self._addrs.items()}
 
+    def silent(self) -> frozenset[PeerId]:
+        """Those of these relays that do not answer, and may be gone."""
+        return frozenset(self._silent)
+
     # -- the work -----------------------------------------------------------------------------------------
     async def run(self) -> None:
         """Until cancelled."""
         self._listener = await self._host.listen(CIRCUIT)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._follow_peers)
+            nursery.start_soon(self._look_after_relays)
             while True:
                 self._changed = trio.Event()
                 self._keeper.handle_timer(trio.current_time())
@@ -145,12 +160,12 @@ class RelayClient:
             granted = await reserve(self._host, connection)
         except DialError as error:
             log.info("reservation_failed relay=%s error=%s", relay.short(), error)
-            if len(self.last_error) < RELAY_MAX_CANDIDATES or relay in self.last_error:
-                self.last_error[relay] = str(error)
+            self._note_error(relay, str(error))
             self._forget(relay)
             self._keeper.refused(relay, trio.current_time())
         else:
             self.last_error.pop(relay, None)
+            self._silent.discard(relay)
             self._keeper.granted(relay, granted.seconds, trio.current_time())
             if relay in self._keeper.held() and not connection.closed.is_set():
                 self._keep(relay, connection, granted)
@@ -188,7 +203,49 @@ class RelayClient:
             except ConnectError as error:
                 log.debug("relay_not_seen relay=%s path=%s error=%s", relay.short(), path, error)
 
+    async def _look_after_relays(self) -> None:
+        async with trio.open_nursery() as nursery:
+            while True:
+                await trio.sleep(LOOK_SECONDS)
+                for relay in self._addrs:
+                    nursery.start_soon(self._look_at, relay)
+
+    async def _look_at(self, relay: PeerId) -> None:
+        """Whether it answers, over whichever connection."""
+        before = {c: c.received_bytes for c in self._host.connections(relay) if c.path in ("quic", "tcp")}
+        if not before:
+            return
+        min(before, key=lambda connection: connection.path != "quic").ask()
+        await trio.sleep(ANSWER_SECONDS)
+        if not (heard := self._heard(relay, before)):
+            for connection in before:
+                connection.doubt()
+            await trio.sleep(ANSWER_SECONDS)
+            heard = self._heard(relay, before)
+        if relay not in self._addrs or heard != (relay in self._silent):
+            return
+        if heard:
+            log.info("relay_answers relay=%s", relay.short())
+            self._silent.remove(relay)
+            self.last_error.pop(relay, None)
+            self._keeper.heard(relay)
+        else:
+            log.info("relay_silent relay=%s", relay.short())
+            self._silent.add(relay)
+            self._note_error(relay, "it does not answer any more")
+            self._keeper.silent(relay, trio.current_time())
+        self._wake()
+
+    def _note_error(self, relay: PeerId, error: str) -> None:
+        if len(self.last_error) < RELAY_MAX_CANDIDATES or relay in self.last_error:
+            self.last_error[relay] = error
+
+    def _heard(self, relay: PeerId, before: Mapping[Connection, int]) -> bool:
+        """Whether anything came since, or a new connection."""
+        return any(c.received_bytes != before.get(c) for c in self._host.connections(relay) if c.path != "relay")
+
     def _forget(self, relay: PeerId) -> None:
+        self._silent.discard(relay)
         self._transport.relays.discard(relay)
         if self._addrs.pop(relay, None) is not None:
             self._host.unprotect(relay)

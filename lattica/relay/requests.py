@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import trio
 
@@ -30,6 +31,15 @@ if TYPE_CHECKING:
     from lattica_protocols.peer_id import PeerId
 
 CIRCUIT = Multiaddr.parse("/p2p-circuit")
+SECOND_SECONDS = 1.0
+"""Until the same is asked over another connection with the same peer: a NAT that restarted forgets TCP, and lets QUIC
+move; whoever waits for nothing takes the dead one for good."""
+
+T = TypeVar("T")
+
+
+class RelayRefused(DialError):
+    """It said no, and would say so again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +83,52 @@ async def open_circuit(host: Host, connection: Connection, target: PeerId) -> Op
     return Opened(stream, answer.limit, seen_at)
 
 
+def for_circuits(connections: Iterable[Connection]) -> list[Connection]:
+    """Those that circuits can go over, the best first: TCP before QUIC, since it is cheaper, and no other relay's."""
+    return sorted((c for c in connections if c.path != "relay"), key=lambda c: (c.doubtful, c.path == "quic"))
+
+
+async def first_answer(
+    connections: Sequence[Connection],
+    ask: Callable[[Connection], Awaitable[T]],
+    discard: Callable[[T], None],
+    *,
+    delay: float = SECOND_SECONDS,
+) -> T:
+    """What comes of `ask`, over the first connection or, when that fails or takes `delay`, over the next one besides.
+
+    `discard`: an answer that came second. Errors: those of `ask`, when all have failed; of a relay that refused at
+    once.
+    """
+    answers: list[T] = []
+    errors: list[Exception] = []
+
+    async def attempt(connection: Connection, failed: trio.Event) -> None:
+        try:
+            answer = await ask(connection)
+        except (LatticaError, ProtocolError) as error:
+            errors.append(error)
+            failed.set()
+            if isinstance(error, RelayRefused | ProtocolNotSupported):
+                nursery.cancel_scope.cancel()
+            return
+        if answers:
+            discard(answer)
+        else:
+            answers.append(answer)
+            nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        for connection in connections:
+            failed = trio.Event()
+            nursery.start_soon(attempt, connection, failed)
+            with trio.move_on_after(delay):
+                await failed.wait()
+    if answers:
+        return answers[0]
+    raise errors[-1] if isinstance(errors[-1], RelayRefused | ProtocolNotSupported) else errors[0]
+
+
 async def _ask(host: Host, connection: Connection, request: HopMessage) -> tuple[HopMessage, Stream]:
     relay = connection.peer_id.short()
     try:
@@ -82,7 +138,7 @@ async def _ask(host: Host, connection: Connection, request: HopMessage) -> tuple
                 await stream.send_frame(request.encode())
                 answer = HopMessage.decode_untrusted(await stream.receive_frame(RELAY_MAX_MESSAGE_BYTES))
                 if answer.type != HopType.STATUS or answer.status != Status.OK:
-                    raise DialError(f"the relay {relay} refused: {describe_status(answer.status)}")
+                    raise RelayRefused(f"the relay {relay} refused: {describe_status(answer.status)}")
             return answer, stream
     except trio.TooSlowError:
         raise DialError(f"the relay {relay} did not answer within {RELAY_SETUP_SECONDS:g} s") from None

@@ -15,6 +15,7 @@ import trio
 from lattica.errors import ConnectionLost, LatticaError, ProtocolNotSupported
 from lattica.host import PeerDisconnected
 from lattica.negotiate import LazyStream
+from lattica.relay.requests import first_answer, for_circuits
 from lattica.relay.splice import Ledger, Splice
 from lattica_protocols.errors import ProtocolError, RemoteProtocolError
 from lattica_protocols.limits import RELAY_MAX_MESSAGE_BYTES, RELAY_SETUP_SECONDS
@@ -220,25 +221,25 @@ class RelayServer:
                 other.reset()
 
     async def _ask_target(self, source: Connection, target: PeerId) -> Stream:
-        connection = self._direct(target)
-        if connection is None:
+        connections = for_circuits(self._host.connections(target))
+        if not connections:
             raise ConnectionLost("it is not connected directly any more")
-        limit = self.table.limits.message()
-        stream = await self._host.open_stream(target, STOP_PROTOCOL, connection=connection)
-        with stream.reset_on_error():
-            request = StopMessage(
-                type=StopType.CONNECT, peer=RelayPeer.make(source.peer_id, _seen_at(source)), limit=limit
-            )
-            await stream.send_frame(request.encode())
-            answer = StopMessage.decode_untrusted(await stream.receive_frame(RELAY_MAX_MESSAGE_BYTES))
-            if answer.type != StopType.STATUS or answer.status != Status.OK:
-                raise ProtocolNotSupported(f"the target said: {describe_status(answer.status)}")
-        return stream
+        request = StopMessage(
+            type=StopType.CONNECT,
+            peer=RelayPeer.make(source.peer_id, _seen_at(source)),
+            limit=self.table.limits.message(),
+        )
 
-    def _direct(self, peer: PeerId) -> Connection | None:
-        """The cheapest connection to carry circuits over: TCP before QUIC, and no other relay's."""
-        direct = [c for c in self._host.connections(peer) if c.path != "relay"]
-        return min(direct, key=lambda c: c.path == "quic", default=None)
+        async def ask(connection: Connection) -> Stream:
+            stream = await self._host.open_stream(target, STOP_PROTOCOL, connection=connection)
+            with stream.reset_on_error():
+                await stream.send_frame(request.encode())
+                answer = StopMessage.decode_untrusted(await stream.receive_frame(RELAY_MAX_MESSAGE_BYTES))
+                if answer.type != StopType.STATUS or answer.status != Status.OK:
+                    raise ProtocolNotSupported(f"the target said: {describe_status(answer.status)}")
+            return stream
+
+        return await first_answer(connections, ask, lambda late: late.reset())
 
 
 def _seen_at(connection: Connection) -> list[Multiaddr]:

@@ -20,7 +20,7 @@ import trio
 
 from lattica.errors import ConnectError, ConnectionLost, DialError, PathAltered, PathLost, WrongPeer
 from lattica.interfaces import Connection, Listener, OnConnection, Stream, Transport
-from lattica.relay.requests import CIRCUIT, open_circuit
+from lattica.relay.requests import CIRCUIT, SECOND_SECONDS, first_answer, for_circuits, open_circuit
 from lattica.transports.channel import StreamChannel
 from lattica.transports.muxed import MuxedConnection
 from lattica.transports.upgrade import ConnectionFacts, Upgrader
@@ -104,7 +104,13 @@ class CircuitTransport(Transport):
         if target in (relay, self._host.peer_id):
             raise DialError(f"{addr}: the relay and the two peers are three different ones")
         via = await self.connect_relay(relay, addr)
-        opened = await open_circuit(self._host, via, target)
+        opened = await first_answer(
+            [via, *(c for c in for_circuits(self._host.connections(relay)) if c is not via)],
+            lambda connection: open_circuit(self._host, connection, target),
+            lambda late: late.stream.reset(),
+            delay=2 * SECOND_SECONDS,  # the relay may have to ask the target twice
+        )
+        via = opened.stream.connection
         facts = ConnectionFacts(via.local_addr, addr.without_peer(), "outbound", "relay")
         try:
             connection = await self._upgrader.upgrade(
@@ -122,9 +128,8 @@ class CircuitTransport(Transport):
         lock = self._dialling.setdefault(relay, trio.Lock())
         try:
             async with lock:
-                direct = [c for c in self._host.connections(relay) if c.path != "relay"]
-                if direct:
-                    return min(direct, key=lambda c: c.path == "quic")
+                if direct := for_circuits(self._host.connections(relay)):
+                    return direct[0]
                 before = None if addr is None else addr.before_circuit()
                 named = [] if before is None or not before.without_peer().names() else [before.without_peer()]
                 known = [a for a in self._host.peerstore.addrs(relay) if not a.is_circuit]

@@ -411,10 +411,12 @@ class MuxedConnection(Connection):
         super().set_apart_for_bulk()
         self.session.allowance = BULK_ALLOWANCE
 
-    def doubt(self) -> None:
-        super().doubt()
+    def ask(self) -> None:
         self.session.ping(trio.current_time())
         self.wake_writer()
+
+    def doubt(self) -> None:
+        super().doubt()
         self._wake_watch()
 
     def _wake_watch(self) -> None:

@@ -282,8 +282,7 @@ class QuicLink(Connection):
         self.engine.resend_handshake(trio.current_time())
         self.mark_dirty()
 
-    def doubt(self) -> None:
-        super().doubt()
+    def ask(self) -> None:
         if self.established and not self._over:
             self.engine.send_ping(0)
             self.mark_dirty()

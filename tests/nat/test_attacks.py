@@ -127,8 +127,8 @@ def resident_mib(daemon: LabDaemon) -> float:
 class Flood:
     """Many identities on one host of the lab, all connected with one relay."""
 
-    def __init__(self, relay: LabDaemon, nodes: list[Node]) -> None:
-        self.relay = Multiaddr.parse(relay.address("tcp"))
+    def __init__(self, relay: Multiaddr, nodes: list[Node]) -> None:
+        self.relay = relay
         self.nodes = nodes
         self.outcomes: Counter[str] = Counter()
         self.streams: list[Stream] = []
@@ -171,7 +171,7 @@ class Flood:
 
 
 @asynccontextmanager
-async def flood(relay: LabDaemon, count: int) -> AsyncIterator[Flood]:
+async def flood(relay: Multiaddr, count: int) -> AsyncIterator[Flood]:
     async with AsyncExitStack() as stack:
         config = NodeConfig(listen=[], relay_use="never", punch=False, mdns=False, port_mapping=False)
         yield Flood(relay, [await stack.enter_async_context(open_node(config)) for _ in range(count)])
@@ -207,7 +207,7 @@ def test_floods_of_reservations_and_circuits(stack: ExitStack, tmp_path: Path, r
     seconds: list[float] = []
 
     async def main() -> None:
-        async with flood(relay, FLOODERS) as made:
+        async with flood(Multiaddr.parse(relay.address("tcp")), FLOODERS) as made:
             await made.connect()
             await made.reserve_all()
             reserved.update(made.outcomes)

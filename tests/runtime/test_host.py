@@ -12,6 +12,7 @@ import trio
 from waiting import elapse
 
 import lattica.host
+from lattica.dialer import SEARCH_DELAY
 from lattica.errors import (
     ConnectError,
     ConnectionLost,
@@ -22,7 +23,7 @@ from lattica.errors import (
 )
 from lattica.host import Host, PeerConnected, PeerDisconnected, PeerIdentified, open_host
 from lattica.identify import AFTER_BURST, ID_PROTOCOL, PUSH_PROTOCOL, IdentifyService
-from lattica.interfaces import Stream
+from lattica.interfaces import Connection, Listener, OnConnection, Stream, Transport
 from lattica.negotiate import LazyStream
 from lattica.ping import PingService
 from lattica.testing import MemoryNetwork, open_memory_host
@@ -32,6 +33,7 @@ from lattica_protocols.identify import Identify
 from lattica_protocols.keys import PrivateKey
 from lattica_protocols.limits import IDENTIFY_PUSH_BURST
 from lattica_protocols.multiaddr import Multiaddr
+from lattica_protocols.peer_id import PeerId
 
 
 async def echo(stream: Stream) -> None:
@@ -212,6 +214,88 @@ def test_concurrent_connects_dial_once(run_mocked) -> None:
                     nursery.start_soon(one.connect, two.peer_id)
             assert len(one.connections()) == 1
             assert one.counters["dials"] == 1
+
+    run_mocked(main)
+
+
+class Deaf(Transport):
+    """Addresses at which nobody refuses, and nobody answers."""
+
+    def can_dial(self, addr: Multiaddr) -> bool:
+        return addr.has("tcp")
+
+    async def dial(self, addr: Multiaddr, expected: PeerId | None) -> Connection:
+        await trio.sleep_forever()
+        raise AssertionError
+
+    def can_listen(self, addr: Multiaddr) -> bool:
+        return False
+
+    async def listen(self, addr: Multiaddr, on_connection: OnConnection) -> Listener:
+        raise AssertionError
+
+
+OLD_ADDR = Multiaddr.parse("/ip4/192.0.2.1/tcp/4101")
+
+
+def test_old_addresses_that_keep_silent_do_not_hold_up_a_search(run_mocked) -> None:
+    async def main() -> None:
+        async with two_hosts(0.1) as (one, two):
+            searches = 0
+
+            async def search(peer: PeerId) -> list[Multiaddr]:
+                nonlocal searches
+                searches += 1
+                await trio.sleep(0.3)
+                return two.listen_addrs()
+
+            one._transports.append(Deaf())
+            for addr in one.peerstore.addrs(two.peer_id):
+                one.peerstore.remove_addr(two.peer_id, addr)
+            one.peerstore.add_addrs(two.peer_id, [OLD_ADDR], 60)
+            one.find_addrs = search
+            started = trio.current_time()
+            async with trio.open_nursery() as nursery:
+                for _ in range(20):
+                    nursery.start_soon(one.connect, two.peer_id)
+            assert trio.current_time() - started == pytest.approx(SEARCH_DELAY + 0.3 + 0.2)
+            assert len(one.connections()) == 1
+            assert (await one.connect(two.peer_id)).path == "memory"
+            assert searches == 20
+
+    run_mocked(main)
+
+
+@pytest.mark.parametrize("found", [[], [OLD_ADDR], [Multiaddr.parse("/ip4/192.0.2.2/tcp/4101")]])
+def test_a_peer_that_answers_nowhere_is_given_up(run_mocked, found: list[Multiaddr]) -> None:
+    async def main() -> None:
+        async with two_hosts() as (one, two):
+            one._transports[:] = [Deaf()]
+            one.peerstore.add_addrs(two.peer_id, [OLD_ADDR], 60)
+
+            async def search(peer: PeerId) -> list[Multiaddr]:
+                return found
+
+            one.find_addrs = search
+            with pytest.raises(ConnectError, match="no answer within 15 s"):
+                await one.connect(two.peer_id)
+            assert not one._dials
+
+    run_mocked(main)
+
+
+def test_a_search_that_connects_with_the_peer_itself(run_mocked) -> None:
+    async def main() -> None:
+        async with two_hosts() as (one, two):
+            for addr in one.peerstore.addrs(two.peer_id):
+                one.peerstore.remove_addr(two.peer_id, addr)
+
+            async def search(peer: PeerId) -> list[Multiaddr]:
+                await one.connect(peer, two.listen_addrs(), route=False)
+                return []
+
+            one.find_addrs = search
+            assert (await one.connect(two.peer_id)).peer_id == two.peer_id
 
     run_mocked(main)
 

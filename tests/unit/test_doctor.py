@@ -142,6 +142,19 @@ def test_wsl_is_known_by_its_kernel() -> None:
     assert "mirrored" in found(facts(HOME, surroundings="wsl"))["wsl"].fix
 
 
+def test_relays_that_do_not_answer_are_none() -> None:
+    errors = {"R": "it does not answer any more"}
+    known = {"reservations": {"R": [], "S": []}, "relays_wanted": 2, "relay_errors": errors}
+    one = found(facts(HOME, silent_relays=frozenset({"R"}), **known))["relays"]
+    assert one.ok
+    assert "1 relay" in one.detail
+    assert "R: it does not answer any more" in one.evidence
+    both = found(facts(HOME, silent_relays=frozenset({"R", "S"}), **known))["relays"]
+    assert both.ok is False
+    assert "nobody can begin a connection" in both.detail
+    assert both.fix
+
+
 def test_relays_that_refuse_are_told() -> None:
     relays = found(facts(HOME, relays_wanted=2, relay_errors={"R": "no room"}))["relays"]
     assert relays.ok is False

@@ -97,6 +97,39 @@ def test_a_lost_one_is_replaced_at_once_and_asked_again_later() -> None:
     assert now > 40  # the pauses grow
 
 
+def test_a_silent_relay_is_replaced_before_it_is_lost() -> None:
+    keeper = holding(1, 2)
+    keeper.offer(peer(3), 3.0, 10.0)
+    keeper.silent(peer(1), 20.0)
+    keeper.silent(peer(1), 21.0)
+    assert events(keeper) == [Reserve(peer(3))]
+    keeper.granted(peer(3), 3600, 22.0)
+    assert events(keeper) == []  # nothing is given up on suspicion
+    assert keeper.held() == [peer(1), peer(2), peer(3)]
+    keeper.lost(peer(1), 30.0)
+    assert events(keeper) == []
+    assert keeper.held() == [peer(2), peer(3)]
+
+
+def test_a_relay_that_was_only_slow_stays_and_its_replacement_goes() -> None:
+    keeper = holding(1, 2)
+    keeper.offer(peer(3), 3.0, 10.0)
+    keeper.silent(peer(1), 20.0)
+    keeper.granted(peer(3), 3600, 22.0)
+    events(keeper)
+    keeper.heard(peer(1))
+    assert events(keeper) == [Release(peer(3))]
+    assert keeper.held() == [peer(1), peer(2)]
+
+
+def test_when_all_relays_are_silent_others_are_searched_as_if_there_were_none() -> None:
+    keeper = holding(1)
+    keeper.silent(peer(1), 1000.0)
+    found = searches(keeper, 1000.0, 1300.0)
+    assert found[0] == 1000.0
+    assert max(later - before for before, later in itertools.pairwise(found)) <= 75
+
+
 def test_a_renewal_that_is_not_answered_ends_with_the_reservation() -> None:
     keeper = holding(1)
     keeper.handle_timer(3000.0)

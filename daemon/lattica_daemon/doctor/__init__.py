@@ -9,6 +9,7 @@ import trio
 from lattica.errors import LatticaError
 from lattica_daemon.doctor import machine, peer
 from lattica_daemon.doctor.facts import Finding, Link, gather_facts
+from lattica_daemon.doctor.relay_delay import measure_relay
 from lattica_protocols.errors import ProtocolError
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ async def examine_peer(node: Node, target: PeerId) -> list[Finding]:
     facts = peer.PeerFacts(await gather_facts(node), str(target), punch=node.config.punch, dial_error=error)
     if node.host.connections(target):
         facts.theirs = await _ask_nat(node, target)
+        facts.trips = await measure_relay(node, target)
     facts.links = tuple(Link(c.path, c.direction, c.remote_addr) for c in node.host.connections(target))
     facts.known_addrs = tuple(str(addr) for addr in node.host.peerstore.addrs(target))
     facts.report = node.punch.reports.get(target)

@@ -76,6 +76,8 @@ class Facts:
     reachability: Verdict = "unknown"
     relays_wanted: int = 0
     reservations: dict[str, list[str]] = field(default_factory=dict)
+    silent_relays: frozenset[str] = frozenset()
+    """Of these reservations, those at relays that do not answer now."""
     relay_errors: dict[str, str] = field(default_factory=dict)
     relay_troubles: dict[str, RelayTroubles] = field(default_factory=dict)
     """By relay: what befell connections through it."""
@@ -107,6 +109,7 @@ async def gather_facts(node: Node, *, fresh: bool = True) -> Facts:
         reservations={
             str(relay): [str(addr) for addr in addrs] for relay, addrs in node.relay_client.reservations().items()
         },
+        silent_relays=frozenset(str(relay) for relay in node.relay_client.silent()),
         relay_errors={str(relay): error for relay, error in node.relay_client.last_error.items()},
         relay_troubles={str(relay): troubles for relay, troubles in node.circuits.troubles.items()},
         port_mapping=node.port_map.status(),

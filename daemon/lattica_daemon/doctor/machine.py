@@ -187,10 +187,14 @@ def check_relays(facts: Facts) -> Finding | None:
         return None
     evidence = [f"place at {relay}" for relay in facts.reservations]
     evidence += [f"{relay}: {error}" for relay, error in facts.relay_errors.items()]
-    if facts.reservations:
-        count = len(facts.reservations)
+    count = len(facts.reservations.keys() - facts.silent_relays)
+    if count:
         detail = f"others reach us through {count} relay{'s' if count != 1 else ''}"
         return Finding("relays", True, detail, evidence=tuple(evidence))
+    if facts.reservations:
+        detail = "no relay at which we have a place answers any more: nobody can begin a connection"
+        fix = "see whether this machine's network works; name other relays in relay.relays"
+        return Finding("relays", False, detail, fix, tuple(evidence))
     fix = "name relays in relay.relays, or bootstrap peers that serve as relays"
     return Finding("relays", False, "no relay gave us a place: nobody can begin a connection", fix, tuple(evidence))
 

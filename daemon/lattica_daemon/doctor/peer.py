@@ -8,6 +8,7 @@ from typing import Any
 
 from lattica.punch import PunchReport
 from lattica_daemon.doctor.facts import Facts, Finding, Link
+from lattica_daemon.doctor.relay_delay import RelayTrips, check_relay_delay
 from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.limits import PUNCH_MAX_UNPROVEN, PUNCH_PROBES_UNPROVEN
 from lattica_protocols.nat.behaviour import Allocation, Filtering, Mapping, NatBehaviour, Ports
@@ -31,6 +32,8 @@ class PeerFacts:
     report: PunchReport | None = None
     theirs: NatBehaviour | None = None
     """What the peer says of its NAT."""
+    trips: RelayTrips | None = None
+    """With the relay in between, if one is."""
     punch: bool = True
     """Whether the settings allow hole punching."""
     dial_error: str = ""
@@ -143,7 +146,12 @@ def in_words(known: NatBehaviour) -> str:
     )
 
 
-CHECKS: Sequence[PeerCheck] = (check_path, check_attempts, check_claims, check_cause)
+def check_delay(facts: PeerFacts) -> Finding | None:
+    """Whether the relay in between holds back what it carries."""
+    return None if facts.is_direct else check_relay_delay(facts.trips)
+
+
+CHECKS: Sequence[PeerCheck] = (check_path, check_attempts, check_claims, check_cause, check_delay)
 
 
 # -- what daemons tell each other about their NATs ---------------------------------------------------------------------

@@ -4,6 +4,7 @@
     keeper.withdraw(peer)           it is none any more
     keeper.set_wanted(n, now)       so many reservations at a time; 0: none is needed
     keeper.granted / refused / lost / search_over
+    keeper.silent / heard           it does not answer, or does again
     next_event(): Reserve(peer), Release(peer), Search()
 
        offer            Reserve              granted
@@ -12,6 +13,8 @@
                   +------------------+--------------------+<---+
                     not asked again before a pause that doubles from 5 s to 10 min; 1 s after one that was held
                     for a minute was lost, since what broke may be the network here
+
+A relay that does not answer is kept for as long as the connection with it, and another one is asked besides.
 
 A reservation wanted and not got starts a search for more relays: at once when one was lost, then after pauses that
 double from 5 s to a minute, or to 10 minutes while another one is held.
@@ -86,7 +89,7 @@ class _Candidate:
     failures: int = 0
     asked_at: float = 0.0
     counts: bool = True
-    """Whether it is, or may soon be, one of those wanted: not when it is slow to answer."""
+    """Whether it is, or may soon be, one of those wanted: not when it is slow to answer, or silent."""
     held_since: float = 0.0
     renew_at: float = 0.0
     expires: float = 0.0
@@ -110,6 +113,9 @@ class ReservationKeeper:
     def held(self) -> list[PeerId]:
         """Relays at which we have a reservation."""
         return [p for p, c in self._candidates.items() if c.state in (_State.HELD, _State.RENEWING)]
+
+    def _serving(self) -> list[PeerId]:
+        return [peer for peer in self.held() if self._candidates[peer].counts]
 
     def next_event(self) -> KeeperEvent | None:
         return self._events.popleft() if self._events else None
@@ -136,8 +142,8 @@ class ReservationKeeper:
         self.handle_timer(now)
 
     def _release_surplus(self) -> None:
-        held = sorted(self.held(), key=lambda peer: self._candidates[peer].rank)
-        for peer in held[self.wanted :]:
+        serving = sorted(self._serving(), key=lambda peer: self._candidates[peer].rank)
+        for peer in serving[self.wanted :]:
             self._candidates[peer].state = _State.IDLE
             self._events.append(Release(peer))
 
@@ -187,8 +193,23 @@ class ReservationKeeper:
             self._search_soon()
             self._failed(peer, now)
 
+    def silent(self, peer: PeerId, now: float) -> None:
+        """A relay at which we have a place does not answer: it may be gone, which takes time to be certain of."""
+        candidate = self._candidates.get(peer)
+        if candidate is not None and candidate.counts and candidate.state in (_State.HELD, _State.RENEWING):
+            candidate.counts = False
+            self._search_soon()
+            self.handle_timer(now)
+
+    def heard(self, peer: PeerId) -> None:
+        """It answers after all; what was taken instead is too many now."""
+        candidate = self._candidates.get(peer)
+        if candidate is not None and not candidate.counts and candidate.state in (_State.HELD, _State.RENEWING):
+            candidate.counts = True
+            self._release_surplus()
+
     def search_over(self, now: float) -> None:
-        longest = _LONGEST_SPARE_SEARCH_PAUSE if self.held() else _LONGEST_SEARCH_PAUSE
+        longest = _LONGEST_SPARE_SEARCH_PAUSE if self._serving() else _LONGEST_SEARCH_PAUSE
         pause = min(longest, _FIRST_SEARCH_PAUSE * 2.0**self._searches)
         self._searching = False
         self._searches = min(self._searches + 1, 10)
