@@ -16,9 +16,11 @@ Drive it by the machine contract; `poll_transmit` gives pairs (neighbour, messag
 from __future__ import annotations
 
 import heapq
+import math
 import random
-from collections import Counter, OrderedDict
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Generic, TypeVar
@@ -132,10 +134,14 @@ class ReplicaSync(Generic[Peer]):
         self.in_step = False
         """The last neighbour that compared had exactly what we have."""
         self._rng = rng
+        self.is_long: Callable[[], bool] = lambda: False
+        """Whether the owner wants to do something else: what takes long is interrupted then, and goes on later."""
         self._neighbours: dict[Peer, _Neighbour] = {}
         self._pending: OrderedDict[bytes, tuple[Operation, Peer]] = OrderedDict()
         self._pending_bytes = 0
         self._pending_of: Counter[Peer] = Counter()
+        self._ready: deque[tuple[Operation, Peer]] = deque()
+        """Operations that waited for a parent which has come."""
         self._waiting: dict[bytes, dict[bytes, None]] = {}
         """Missing parent: operations that wait for it."""
         self._wanted: OrderedDict[bytes, float] = OrderedDict()
@@ -210,6 +216,8 @@ class ReplicaSync(Generic[Peer]):
 
     # -- time -----------------------------------------------------------------------------------------------
     def next_timeout(self) -> float:
+        if self._ready:
+            return -math.inf
         at = self._hello_at
         if self.presence_info is not None:
             at = min(at, self._presence_at)
@@ -221,6 +229,8 @@ class ReplicaSync(Generic[Peer]):
         return at
 
     def handle_timer(self, now: float, unix_now: float) -> None:
+        if self._ready:
+            self._take_ready(now, unix_now, pushed=True)
         if self._settle_at is not None and now >= self._settle_at:
             self._settle_at = None
             for peer in self._neighbours:
@@ -271,7 +281,7 @@ class ReplicaSync(Generic[Peer]):
             case Kind.OPERATIONS:
                 if row is None:
                     row = read_row_untrusted(fields[1], self.replica.space, self.replica.graph.operation_at)
-                self._on_operations(peer, neighbour, fields[0], row.operations, now, unix_now)
+                self._on_operations(peer, fields[0], row.operations, now, unix_now)
                 if not row.complete and peer in self._neighbours:
                     self.counters["unresolved"] += 1
                     neighbour.behind = True
@@ -405,57 +415,83 @@ class ReplicaSync(Generic[Peer]):
         return heapq.merge(*lines, key=lambda entry: entry.order) if len(lines) != 1 else lines[0]
 
     def _on_operations(
-        self,
-        peer: Peer,
-        neighbour: _Neighbour,
-        batch: int,
-        operations: Sequence[Operation],
-        now: float,
-        unix_now: float,
+        self, peer: Peer, batch: int, operations: Sequence[Operation], now: float, unix_now: float
     ) -> None:
         known = self.replica.operations()
-        if len(operations) > 1:
-            with self.replica.batch():
-                for op in operations:
-                    self._take(peer, op, batch, now, unix_now)
-        else:
-            for op in operations:
-                self._take(peer, op, batch, now, unix_now)
+        self._take_all(peer, operations, batch, now, unix_now)
         if batch:
             self._send(peer, Kind.ACK, batch)
-            if self.replica.operations() != known:
-                neighbour.fruitless = 0
-                self._settle_at = self._settle_at or now + SETTLE
-                self._settle_not = peer
+        self._note_news(peer, batch, known, now)
 
-    def _take(self, peer: Peer, op: Operation, batch: int, now: float, unix_now: float) -> None:
-        """Take in an operation and those that waited for it."""
-        ready = [(op, peer)]
-        while ready:
-            op, source = ready.pop()
-            if op.id in self._refused or op.id in self.replica.graph.entries:
-                self.counters["repeated"] += 1
-                continue
-            try:
-                if self.replica.graph.would_move_fork(op):
-                    self._check_fork_pause(op.author, now)
-                admission = self.replica.receive_operation(op, unix_now)
-            except MissingParents as error:
-                self._set_aside(op, source, error.missing, now)
-                continue
-            except NotYet:
-                self.counters["not_yet"] += 1
-                continue
-            except RemoteProtocolError as error:
-                self._refuse(op, error)
-                continue
-            self._after(admission, source, now, pushed=not batch)
-            for waiting in self._waiting.pop(op.id, ()):
-                held = self._pending.pop(waiting, None)
-                if held is not None:
-                    self._pending_bytes -= len(held[0].encoded)
-                    self._pending_of[held[1]] -= 1
-                    ready.append(held)
+    def _note_news(self, peer: Peer, batch: int, known: int, now: float) -> None:
+        """What came in batches is gathered for a moment before others are told; what is pushed is pushed on."""
+        if batch and self.replica.operations() != known:
+            if peer in self._neighbours:
+                self._neighbours[peer].fruitless = 0
+            self._settle_at = self._settle_at or now + SETTLE
+            self._settle_not = peer
+
+    def take_some(
+        self, peer: Peer, batch: int, operations: Sequence[Operation], now: float, unix_now: float
+    ) -> Sequence[Operation]:
+        """Take operations of a message until `is_long`: the rest of them, for the next turn. The last turn of a message
+        is `receive`, with what is left of its row."""
+        known = self.replica.operations()
+        left = self._take_all(peer, operations, batch, now, unix_now, to_the_end=False)
+        self._note_news(peer, batch, known, now)
+        return left
+
+    def _take_all(
+        self,
+        peer: Peer,
+        operations: Sequence[Operation],
+        batch: int,
+        now: float,
+        unix_now: float,
+        *,
+        to_the_end: bool = True,
+    ) -> Sequence[Operation]:
+        with self.replica.batch() if len(operations) > 1 else nullcontext():
+            for number, op in enumerate(operations, 1):
+                self._take(op, peer, now, unix_now, pushed=not batch)
+                self._take_ready(now, unix_now, pushed=not batch)
+                if not to_the_end and self.is_long():
+                    return operations[number:]
+        return ()
+
+    def _take_ready(self, now: float, unix_now: float, *, pushed: bool) -> None:
+        """Take in what waited, until `is_long`."""
+        while self._ready:
+            op, source = self._ready.pop()
+            self._take(op, source, now, unix_now, pushed=pushed)
+            if self.is_long():
+                return
+
+    def _take(self, op: Operation, source: Peer, now: float, unix_now: float, *, pushed: bool) -> None:
+        """Take in an operation; those that waited for it are ready then."""
+        if op.id in self._refused or op.id in self.replica.graph.entries:
+            self.counters["repeated"] += 1
+            return
+        try:
+            if self.replica.graph.would_move_fork(op):
+                self._check_fork_pause(op.author, now)
+            admission = self.replica.receive_operation(op, unix_now)
+        except MissingParents as error:
+            self._set_aside(op, source, error.missing, now)
+            return
+        except NotYet:
+            self.counters["not_yet"] += 1
+            return
+        except RemoteProtocolError as error:
+            self._refuse(op, error)
+            return
+        self._after(admission, source, now, pushed=pushed)
+        for waiting in self._waiting.pop(op.id, ()):
+            held = self._pending.pop(waiting, None)
+            if held is not None:
+                self._pending_bytes -= len(held[0].encoded)
+                self._pending_of[held[1]] -= 1
+                self._ready.append(held)
 
     def _check_fork_pause(self, author: bytes, now: float) -> None:
         if now < self._fork_pauses.get(author, (0.0, 0.0))[0]:
