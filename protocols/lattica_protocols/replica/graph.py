@@ -245,7 +245,8 @@ class Graph:
         branch = self._branch_for(op, previous, start)
         past = dict(branch.past)
         for parent in parents:
-            self.absorb(past, parent)
+            if past.get(parent.branch, -1) < parent.op.seq:
+                self.absorb(past, parent)
         entry = Entry(op, branch, parents, before)
         entry.start = entry.end = start
         if span is not None:
