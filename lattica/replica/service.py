@@ -438,7 +438,7 @@ class SpaceService:
             try:
                 await self._take_messages(peer, stream)
             finally:
-                if self._inbound[peer] is scope:
+                if self._inbound.get(peer) is scope:
                     del self._inbound[peer]
         if scope.cancelled_caught:
             stream.reset()
