@@ -21,13 +21,14 @@ from lattica_protocols.limits import (
     REPLICA_MAX_UPDATE_BYTES,
 )
 from lattica_protocols.replica.checkpoint import Checkpoint
+from lattica_protocols.replica.download import CHUNK, STALLED
 from lattica_protocols.replica.equivocation import Fork
 from lattica_protocols.replica.floor import ChainEnd
 from lattica_protocols.replica.messages import Kind, decode_message_untrusted, encode_message
 from lattica_protocols.replica.operation import Operation
 from lattica_protocols.replica.presence import Presence
 from lattica_protocols.replica.replica import Replica
-from lattica_protocols.replica.sync import CHUNK, STALLED, ReplicaSync
+from lattica_protocols.replica.sync import ReplicaSync
 
 SPACE = genesis()
 BAD, GOOD = 66, 1

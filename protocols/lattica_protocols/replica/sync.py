@@ -32,14 +32,14 @@ from lattica_protocols.limits import (
     REPLICA_BATCH_BYTES,
     REPLICA_BATCH_OPERATIONS,
     REPLICA_BATCHES_IN_FLIGHT,
-    REPLICA_MAX_CHECKPOINT_BYTES,
     REPLICA_MAX_PENDING,
     REPLICA_MAX_PENDING_BYTES,
     REPLICA_MAX_PENDING_PER_PEER,
     REPLICA_MAX_TIPS,
     REPLICA_MAX_WANTED,
 )
-from lattica_protocols.replica.checkpoint import Checkpoint, Head, Rank, ranks_above
+from lattica_protocols.replica.checkpoint import Checkpoint, Rank
+from lattica_protocols.replica.download import CHUNK, Downloads
 from lattica_protocols.replica.equivocation import Equivocation, Fork, equivocation_untrusted
 from lattica_protocols.replica.errors import MissingParents, NotYet
 from lattica_protocols.replica.graph import Admission, Branch, Entry, Past
@@ -67,12 +67,6 @@ STALLED = 10.0
 LOST = 2.0
 """Seconds without an ACK after which what is in flight is sent again when a frontier does not show it."""
 WANT_AGAIN = 1.0
-BLAME = (10.0, 600.0)
-"""Seconds in which no checkpoint is fetched from a neighbour that failed to deliver one: doubling from the first to the
-second."""
-SLOW = 30.0
-"""Seconds for a checkpoint after which another neighbour that has one gets its turn. Whoever was too slow has twice as
-long the next time, so that slow ones come to an end, and one that is slow on purpose holds nobody up for hours."""
 FORK_PAUSE = (1.0, 60.0)
 """Seconds in which no earlier fork of an author that is excluded already is taken: doubling likewise. Each makes the
 whole graph be counted anew, and who signs a long chain can make thousands, one before the other."""
@@ -81,8 +75,6 @@ FRUITLESS = 2
 READ_ALONE = 16
 """A message of more operations may be read before those that came earlier are taken in (so that signatures can be
 checked meanwhile): it names none by their place in the receiver's replica."""
-CHUNK = 512 << 10
-"""Bytes of a checkpoint in one message."""
 _PROOF_BYTES = 512 << 10
 """Of a message of proofs; a longer proof has one to itself."""
 _REFUSED_KEPT = 4096
@@ -105,20 +97,6 @@ class _Neighbour:
     fruitless: int = 0
     behind: bool = False
     """It pushed what we cannot read: a frontier is to be sent."""
-
-
-@dataclass(slots=True)
-class _Download(Generic[Peer]):
-    """A checkpoint on its way."""
-
-    peer: Peer
-    id: bytes
-    data: bytearray
-    asked_at: float
-    started_at: float
-    total: int = 0
-    signed: bool = False
-    """Its head came, and is signed by those who may."""
 
 
 class ReplicaSync(Generic[Peer]):
@@ -147,14 +125,11 @@ class ReplicaSync(Generic[Peer]):
         self._wanted: OrderedDict[bytes, float] = OrderedDict()
         """When these were asked for last, oldest first."""
         self._refused: OrderedDict[bytes, None] = OrderedDict()
-        self._bad_checkpoints: OrderedDict[bytes, None] = OrderedDict()
-        self._blamed: dict[Peer, tuple[float, float]] = {}
-        """When to fetch from a neighbour again, and the pause before."""
         self._asked: dict[Peer, tuple[float, float]] = {}
         """Frontiers of a peer that may be answered yet, and when that was so."""
         self._fork_pauses: dict[bytes, tuple[float, float]] = {}
         """The same by author, for forks."""
-        self._download: _Download[Peer] | None = None
+        self._downloads: Downloads[Peer] = Downloads(replica, self.counters)
         self._checkpoint_bytes: tuple[bytes, bytes] = (b"", b"")
         self._transmit: list[tuple[Peer, bytes]] = []
         self._hello_at = now + rng.uniform(*HELLO_INTERVAL)
@@ -175,8 +150,7 @@ class ReplicaSync(Generic[Peer]):
 
     def remove_neighbour(self, peer: Peer) -> None:
         self._neighbours.pop(peer, None)
-        if self._download is not None and self._download.peer == peer:
-            self._download = None
+        self._downloads.forget(peer)
 
     def neighbours(self) -> list[Peer]:
         return list(self._neighbours)
@@ -259,9 +233,7 @@ class ReplicaSync(Generic[Peer]):
             if neighbour.in_flight and now - neighbour.last_ack > STALLED:
                 neighbour.in_flight.clear()
                 neighbour.batches = iter(())
-        if self._download is not None and now - self._download.asked_at > STALLED:
-            self._blame(self._download.peer, now)
-        self._blamed = {peer: row for peer, row in self._blamed.items() if now - row[0] < BLAME[1]}
+        self._downloads.forget_old(now)
 
     # -- receiving ------------------------------------------------------------------------------------------
     def receive_message_untrusted(self, peer: Peer, data: bytes, now: float, unix_now: float) -> None:
@@ -315,8 +287,9 @@ class ReplicaSync(Generic[Peer]):
         self.in_step = False
         own = self.replica.rank()
         if theirs[2] != own[2]:
-            if theirs[2] not in self._bad_checkpoints and ranks_above(theirs, own):
-                self._get_checkpoint(peer, theirs[2], now)
+            if self._downloads.is_wanted(theirs):
+                if self._downloads.start(peer, theirs[2], now):
+                    self._send(peer, Kind.GET_CHECKPOINT, theirs[2], 0)
             elif self.replica.checkpoint is not None:
                 self._send_hello(peer)
             return
@@ -622,18 +595,6 @@ class ReplicaSync(Generic[Peer]):
             if peer != source:
                 self._send(peer, Kind.PROPOSAL, proposal.header, sorted(proposal.signatures.items()))
 
-    def _get_checkpoint(self, peer: Peer, checkpoint: bytes, now: float) -> None:
-        if now < self._blamed.get(peer, (0.0, 0.0))[0]:
-            return
-        download = self._download
-        if download is not None and download.peer != peer:
-            _, pause = self._blamed.get(download.peer, (0.0, 0.0))
-            if now - download.started_at > max(SLOW, 2 * pause):
-                self._blame(download.peer, now)
-        if self._download is None:
-            self._download = _Download(peer, checkpoint, bytearray(), now, now)
-            self._send(peer, Kind.GET_CHECKPOINT, checkpoint, 0)
-
     def _on_get_checkpoint(self, peer: Peer, checkpoint: bytes, offset: int) -> None:
         own = self.replica.checkpoint
         if own is None or checkpoint != own.id:
@@ -647,55 +608,11 @@ class ReplicaSync(Generic[Peer]):
     def _on_checkpoint(
         self, peer: Peer, checkpoint: bytes, offset: int, total: int, data: bytes, *, now: float
     ) -> None:
-        download = self._download
-        if download is None or (download.peer, download.id) != (peer, checkpoint) or offset != len(download.data):
-            return
-        download.total = download.total or total
-        expected = min(CHUNK, download.total - offset)
-        if total != download.total or total > REPLICA_MAX_CHECKPOINT_BYTES or len(data) != expected or not data:
-            self._blame(peer, now)
-            return
-        download.data += data
-        download.asked_at = now
-        if not self._check_head(download, now):
-            return
-        if len(download.data) < total:
-            self._send(peer, Kind.GET_CHECKPOINT, checkpoint, len(download.data))
-            return
-        self._download = None
-        try:
-            taken = self.replica.receive_checkpoint(bytes(download.data))
-        except RemoteProtocolError:
-            self._blame(peer, now)
-            return
+        behind, taken = self._downloads.receive_untrusted(peer, checkpoint, offset, total, data, now)
+        if behind is not None:
+            self._send(peer, Kind.GET_CHECKPOINT, checkpoint, behind)
         if taken:
             self._after_checkpoint()
-
-    def _check_head(self, download: _Download[Peer], now: float) -> bool:
-        """Whether to go on: nobody makes us fetch 100 MB that those who may did not sign."""
-        if download.signed:
-            return True
-        replica = self.replica
-        owners = replica.graph.membership().owners
-        head = Checkpoint.check_head_untrusted(bytes(download.data), download.id, replica.genesis, owners)
-        if head == Head.UNSIGNED:
-            self._bad_checkpoints[download.id] = None
-            if len(self._bad_checkpoints) > _REFUSED_KEPT:
-                self._bad_checkpoints.popitem(last=False)
-        if head in (Head.UNSIGNED, Head.WRONG):
-            self._blame(download.peer, now)
-            return False
-        download.signed = head == Head.SIGNED
-        return True
-
-    def _blame(self, peer: Peer, now: float) -> None:
-        """A neighbour did not deliver a checkpoint that it has or pretends to: others first, for a while. What it sent
-        says nothing about the checkpoint, which may be a good one."""
-        self.counters["refused_checkpoints"] += 1
-        _, pause = self._blamed.get(peer, (0.0, BLAME[0] / 2))
-        pause = min(2 * pause, BLAME[1])
-        self._blamed[peer] = (now + pause, pause)
-        self._download = None
 
     # -- presence -------------------------------------------------------------------------------------------
     def _on_presence(self, peer: Peer, records: Sequence[Record], now: float, unix_now: float) -> None:
