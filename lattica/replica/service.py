@@ -17,7 +17,8 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 import trio
 
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lattica.replica")
 
+T = TypeVar("T")
+
 JOIN_TIMEOUT = 30.0
 """Seconds to find somebody who serves a space."""
 SEARCH_PAUSES = (1.0, 60.0)
@@ -52,6 +55,9 @@ SEARCH_PAUSES = (1.0, 60.0)
 the second, and from the start again when a neighbour is gone."""
 CHECKS_AHEAD = 4
 """Messages of one stream whose signatures are checked while earlier ones are taken in."""
+TURN = 0.05
+"""Seconds of CPU in which operations are taken in before other tasks get their turn. A message of 1,024 usually takes
+less, on a busy machine, too."""
 SNAPSHOT_EVERY = 50_000
 """Stored operations after which the document is stored, too: a start applies fewer than that, at 1.5 µs each. Storing
 it takes 30 ms where there are 60,000."""
@@ -86,6 +92,7 @@ class SpaceService:
         self._by_tag: dict[bytes, Space] = {}
         self._links: dict[PeerId, Link] = {}
         self._queued = Queued()
+        self._turn_ends = 0.0
         self._inbound: dict[PeerId, trio.CancelScope] = {}
         """The stream of each peer that is served."""
         self._wake = trio.Event()
@@ -201,7 +208,9 @@ class SpaceService:
 
     def _new_replica(self, genesis: Genesis, instance: int) -> tuple[Replica, ReplicaSync[PeerId]]:
         replica = Replica(genesis, key=self._host.key, instance=instance, rng=self._host.rng)
-        return replica, ReplicaSync(replica, self._host.rng, trio.current_time())
+        machine: ReplicaSync[PeerId] = ReplicaSync(replica, self._host.rng, trio.current_time())
+        machine.is_long = lambda: time.thread_time() > self._turn_ends
+        return replica, machine
 
     def _take_back(self, space: Space) -> None:
         """An edit could not be stored: the space becomes what it is on disk."""
@@ -335,11 +344,12 @@ class SpaceService:
                 now, unix_now = trio.current_time(), self._clock()
                 deadline = now + SEARCH_PAUSES[1]
                 for key, space in list(self._spaces.items()):
-                    generation = space.replica.generation
+                    before = space.replica.generation, len(space.replica.tree)
                     if space.machine.next_timeout() <= now:
+                        self._turn_ends = time.thread_time() + TURN
                         space.machine.handle_timer(now, unix_now)
                     self._flush(space)
-                    if generation != space.replica.generation:  # a checkpoint got its last signature
+                    if before != (space.replica.generation, len(space.replica.tree)):
                         space.after_change()
                     self._maybe_search(nursery, key, space, now)
                     deadline = min(deadline, space.machine.next_timeout(), self._search_at[key][0])
@@ -428,7 +438,7 @@ class SpaceService:
             try:
                 await self._take_messages(peer, stream)
             finally:
-                if self._inbound[peer] is scope:
+                if self._inbound.get(peer) is scope:
                     del self._inbound[peer]
         if scope.cancelled_caught:
             stream.reset()
@@ -442,6 +452,8 @@ class SpaceService:
                 async for message, checked, row in receive:
                     if checked is not None:
                         await checked
+                    if message.kind == Kind.OPERATIONS:
+                        row = await self._take_most(peer, message, row)
                     self._on_message(peer, message, row)
                     await trio.lowlevel.checkpoint()
 
@@ -455,6 +467,36 @@ class SpaceService:
                         row = _new_operations(message, space.replica)
                         checked = self._start_checking(nursery, row.operations, space.replica.space)
                     await send.send((message, checked, row))
+
+    async def _take_most(self, peer: PeerId, message: Message, row: Row | None) -> Row | None:
+        """Take operations of a message as long as that takes more than a turn; what is left of its row. One may take
+        170 ms, so a message full of them three minutes."""
+        space = self._by_tag.get(message.tag)
+        if space is None:
+            return row
+        if row is None:
+            row = read_row_untrusted(message.fields[1], space.replica.space, space.replica.graph.operation_at)
+        left, batch = row.operations, message.fields[0]
+        while len(left) > 1:
+            self._turn_ends = time.thread_time() + TURN
+            machine = space.machine
+            taking = partial(machine.take_some, peer, batch, left, trio.current_time(), self._clock())
+            left = list(self._changing(space, taking))
+            if left:
+                await trio.lowlevel.checkpoint()
+        return Row(left, row.complete)
+
+    def _changing(self, space: Space, change: Callable[[], T]) -> T:
+        """Let the machine do something; store what is new, send, and tell who watches."""
+        before = space.replica.generation, len(space.replica.tree)
+        try:
+            return change()
+        finally:
+            self._flush(space)
+            if before != (space.replica.generation, len(space.replica.tree)):
+                space.after_change()
+            if space.machine.next_timeout() <= trio.current_time():
+                self.wake()
 
     def _start_checking(
         self, nursery: trio.Nursery, operations: Sequence[Operation], space: bytes
@@ -483,13 +525,9 @@ class SpaceService:
             return
         if message.kind in (Kind.HELLO, Kind.FRONTIER):
             self._add_neighbour(space, peer, REPLICA_MAX_NEIGHBOURS)
-        before = space.replica.generation, len(space.replica.tree)
-        try:
-            space.machine.receive(peer, message, trio.current_time(), self._clock(), row)
-        finally:
-            self._flush(space)
-            if before != (space.replica.generation, len(space.replica.tree)):
-                space.after_change()
+        self._turn_ends = time.thread_time() + TURN
+        now, unix_now = trio.current_time(), self._clock()
+        self._changing(space, partial(space.machine.receive, peer, message, now, unix_now, row))
 
     def _on_genesis(self, message: Message) -> None:
         genesis = Genesis.decode_untrusted(message.fields[0])

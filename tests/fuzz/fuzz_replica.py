@@ -19,6 +19,8 @@ from lattica_protocols.errors import RemoteProtocolError
 from lattica_protocols.replica import client_ids
 from lattica_protocols.replica.checkpoint import Checkpoint
 from lattica_protocols.replica.client_ids import client_id
+from lattica_protocols.replica.download import Downloads
+from lattica_protocols.replica.equivocation import CROWD_OPERATIONS
 from lattica_protocols.replica.genesis import Genesis
 from lattica_protocols.replica.graph import Graph
 from lattica_protocols.replica.messages import Kind, encode_message
@@ -59,13 +61,14 @@ def _checkpoint(owner: Replica) -> Checkpoint:
 
 class Neighbours(Driver):
     name = "replica.ReplicaSync"
-    covers = (ReplicaSync, Replica, Proposals)
+    covers = (ReplicaSync, Replica, Proposals, Downloads)
 
     def seeds(self) -> list[Transcript]:
         owner, writer = _history(), _member(2)
         ops = [entry.op for entry in owner.graph.counted()]
         deliver(writer, *ops)
         twins = [forged(writer, update_of(writer, "x", value)) for value in (1, 2)]
+        crowd = [forged(writer, b"", instance=number, parents=[], seq=0) for number in range(CROWD_OPERATIONS)]
         checkpoint = _checkpoint(owner)
         presence = Presence(SPACE.id).announce(key_of(1), b'"here"', 0.0, NOW)
         machine: ReplicaSync[int] = ReplicaSync(writer, random.Random(1), 0.0)
@@ -81,6 +84,7 @@ class Neighbours(Driver):
             (operations, *sent),
             (row, pushed),
             (operations, encode_message(Kind.FORKS, SPACE.id, [tuple(op.encoded for op in twins)])),
+            (encode_message(Kind.FORKS, SPACE.id, [[op.encoded for op in crowd]]),),
             (hello, encode_message(Kind.CHECKPOINT, SPACE.id, checkpoint.id, 0, len(data), data)),
             (
                 encode_message(Kind.PRESENCE, SPACE.id, [presence]),

@@ -98,7 +98,9 @@ def test_a_value_over_the_limit_of_an_operation_is_one_clear_line(folder: Path, 
         lists = json.loads("[" + "[]," * 9_000 + "1]")
         process.json("space", "set", space, "lists", json.dumps(lists))
         assert process.json("space", "get", space, "lists")["value"] == lists
-        assert len(process.json("space", "log", space)) == 3
+        entries = process.json("space", "log", space)
+        assert len(entries) == 1 + 3  # the first one of a chain has to be short: an empty one
+        assert entries[0]["bytes"] < 200
     finally:
         process.stop()
 

@@ -48,6 +48,36 @@ def test_a_peer_has_one_stream_whose_messages_are_held(run, tmp_path: Path) -> N
     run(main)
 
 
+def test_a_message_of_operations_that_take_long_lets_others_run(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One may take 170 ms, where somebody filled a list: a message of 1,024 of them stopped everything for minutes."""
+    monkeypatch.setattr("lattica.replica.service.TURN", 0.0)
+
+    async def main() -> None:
+        async with two_nodes(tmp_path) as (one, two), trio.open_nursery() as nursery:
+            space = await one.spaces.create("roster", [two.peer_id])
+            for number in range(200):
+                space[f"{number}"] = number
+            other = await two.spaces.join(space.id)
+            seen = set()
+
+            async def watch() -> None:
+                while True:
+                    seen.add(other.operations())
+                    await trio.lowlevel.checkpoint()
+
+            nursery.start_soon(watch)
+            with trio.fail_after(10):
+                while other.root() != space.root():
+                    await trio.lowlevel.checkpoint()
+            assert len(seen) > 100
+            assert other.machine.in_step or await two.spaces.wait_synced(other)
+            nursery.cancel_scope.cancel()
+
+    run(main)
+
+
 def test_a_database_that_another_program_has_locked_costs_the_edit_only(run, tmp_path: Path) -> None:
     async def main() -> None:
         async with open_node(NodeConfig(home=tmp_path)) as node:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
 
 import pytest
 from replica_members import NOW, deliver, forged, genesis, key_of, member, put
@@ -15,7 +16,7 @@ from lattica_protocols.replica.messages import Kind, Message, decode_message_unt
 from lattica_protocols.replica.operation import Operation
 from lattica_protocols.replica.presence import Presence
 from lattica_protocols.replica.replica import Replica
-from lattica_protocols.replica.sync import ReplicaSync
+from lattica_protocols.replica.sync import SETTLE, ReplicaSync
 from lattica_protocols.varint import encode_uvarint as uvarint
 
 SPACE = genesis(3)
@@ -155,3 +156,36 @@ def test_announcements_of_one_stranger_are_passed_on_a_few_times() -> None:
     assert passed_on(0.0, 100) == REPLICA_PRESENCE_BURST
     assert passed_on(2.0, 100) == 2
     assert passed_on(12.0, 1) == 1
+
+
+def test_what_waited_for_one_parent_is_taken_in_turns() -> None:
+    """Each may take 170 ms, and 2,048 may wait."""
+    author, asked = long_chain(1, 1), Asked(member(0, SPACE))
+    first = author.graph.counted()[0].op
+    waiting = [forged(member(2, SPACE), b"", instance=n, seq=0, parents=[first.id]) for n in range(50)]
+    for op in waiting:
+        asked.hear(Kind.OPERATIONS, 0, [op.encoded])
+    machine = asked.machine
+    machine.is_long = lambda: True
+    asked.hear(Kind.OPERATIONS, 0, [first.encoded])
+    assert asked.replica.operations() == 2
+    turns = 0
+    while machine.next_timeout() <= 0.0:
+        machine.handle_timer(0.0, NOW)
+        turns += 1
+    assert turns == 49
+    assert asked.replica.operations() == 51
+
+
+def test_a_long_message_is_taken_in_turns() -> None:
+    author, machine = long_chain(1, 20), Asked(member(0, SPACE)).machine
+    machine.add_neighbour(9, 0.0)
+    left: Sequence[Operation] = [entry.op for entry in author.graph.counted()]
+    machine.is_long = lambda: True
+    turns = 0
+    while left:
+        left = machine.take_some(9, 3, left, 0.0, NOW)
+        turns += 1
+    assert turns == 20
+    assert machine.replica.operations() == 20
+    assert machine.next_timeout() <= SETTLE  # others are told

@@ -21,13 +21,15 @@ from lattica_protocols.limits import (
     REPLICA_MAX_UPDATE_BYTES,
 )
 from lattica_protocols.replica.checkpoint import Checkpoint
+from lattica_protocols.replica.download import CHUNK, STALLED
 from lattica_protocols.replica.equivocation import Fork
 from lattica_protocols.replica.floor import ChainEnd
 from lattica_protocols.replica.messages import Kind, decode_message_untrusted, encode_message
 from lattica_protocols.replica.operation import Operation
 from lattica_protocols.replica.presence import Presence
 from lattica_protocols.replica.replica import Replica
-from lattica_protocols.replica.sync import CHUNK, STALLED, ReplicaSync
+from lattica_protocols.replica.sync import ReplicaSync
+from lattica_protocols.varint import encode_uvarint
 
 SPACE = genesis()
 BAD, GOOD = 66, 1
@@ -362,3 +364,21 @@ def test_time_ahead_waits_and_time_behind_is_refused() -> None:
     behind = forged(a, b"", time=int(NOW) - 1)
     with pytest.raises(RemoteProtocolError, match="before"):
         replica.receive_operation(behind, NOW)
+
+
+# -- the disk ------------------------------------------------------------------------------------------------------
+def test_a_stored_operation_that_changed_and_names_what_a_fork_never_had_is_damage() -> None:
+    """Not an error of ours, with which the daemon would not start."""
+    a, b = member(1, SPACE), member(2, SPACE)
+    first = put(a, "x", 1)
+    deliver(b, first)
+    last = put(b, "x", 2)
+    deliver(b, forged(a, b"", seq=0, parents=[], time=int(NOW) - 1))
+    assert b.graph.exclusions()
+    forks = [[op.encoded for op in fork.operations] for fork in b.graph.forks.values()]
+    client = encode_uvarint(a.doc.client_id)
+    at = last.encoded.index(client) + len(client)
+    changed = last.encoded[:at] + b"\x70" + last.encoded[at + 1 :]
+    again = member(2, SPACE)
+    with pytest.raises(RemoteProtocolError, match="not the one that its author signed"):
+        again.load([(first.encoded, 1), (changed, 1)], forks)

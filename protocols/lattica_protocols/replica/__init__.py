@@ -5,10 +5,12 @@
     update        what an edit may contain: checks (and renames ids in) yrs updates
     membership    who may write, as a function of the operations before
     equivocation  what proves that an author cheated
+    scope         what names of items mean, by the past of who names them
     graph         the DAG: admission, forks, removals, which operations count
     tree          the Merkle tree behind the root
     replica       graph and document together; the local side writes here
     checkpoint    signed states that replace history
+    download      how one is fetched from a neighbour
     proposal      those that a quorum signs
     proof         what a third party is shown
     messages      the wire

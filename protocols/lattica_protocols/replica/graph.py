@@ -245,7 +245,8 @@ class Graph:
         branch = self._branch_for(op, previous, start)
         past = dict(branch.past)
         for parent in parents:
-            self.absorb(past, parent)
+            if past.get(parent.branch, -1) < parent.op.seq:
+                self.absorb(past, parent)
         entry = Entry(op, branch, parents, before)
         entry.start = entry.end = start
         if span is not None:
@@ -457,7 +458,8 @@ class Graph:
         )
 
     def pieces(self, own: Entry, scope: Scope, client: int, clock: int, length: int) -> list[Piece]:
-        """How a range of items that the admitted operation `own`, with this scope, names is called in the document."""
+        """How a range of items that the admitted operation `own`, with this scope, names is called in the document.
+        Raises `RemoteProtocolError` when they are not in its past."""
         if not self.is_forked(client):
             return [(client, clock, length)]
         out: list[Piece] = []
@@ -468,7 +470,8 @@ class Graph:
             end = inside
         while clock < end:
             stretch = scope.find(client, clock)
-            assert stretch is not None, "an admitted operation names items that are not in its past"
+            if stretch is None:
+                raise RemoteProtocolError("an operation names items that are not in its past")  # it changed on the disk
             entry = stretch.entry(clock)
             name = stretch.name
             stop = min(end, stretch.end)

@@ -190,6 +190,10 @@ class Placement:
 
         Raises `RemoteProtocolError` when one stands where it may not, and `TooMuch` when the update is too much work
         for yrs."""
+        if body[:2] == b"\1\1" and len(deletions) <= REPLICA_MAX_CUTS:
+            placed = self._place_one(body, find, maker)
+            if placed is not None:
+                return placed
         placing = _Placing(body, find, self._floor_at, maker)
         while True:
             try:
@@ -203,6 +207,26 @@ class Placement:
                 return places
             except _Unknown as unknown:
                 self._learn(unknown.entry)
+
+    def _place_one(self, body: bytes, find: Find, maker: bytes) -> Placed | None:
+        """The place of the only item of an update, as most have; None when something else is to be placed before it."""
+        client, end = read_uint(body, 2)
+        clock, at = read_uint(body, end)
+        struct, _ = read_struct(body, at, clock, body[2:end], client)
+
+        def look(named: Reference) -> Placed:
+            found = find(*named)
+            if isinstance(found, tuple):
+                return self._floor_at(found)
+            known = found.places
+            if known is None:
+                raise _Unknown(found)
+            return known if type(known) is Placed else known.at(named[1])
+
+        try:
+            return place_untrusted(struct, client, look, maker)
+        except _Unknown:
+            return None
 
     def cut(self, body: bytes, find: Find, deletions: Sequence[Piece]) -> list[bytes]:
         """An update of ours as several, none of which is too much work. Raises `RemoteProtocolError` when an item

@@ -16,9 +16,11 @@ Drive it by the machine contract; `poll_transmit` gives pairs (neighbour, messag
 from __future__ import annotations
 
 import heapq
+import math
 import random
-from collections import Counter, OrderedDict
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Generic, TypeVar
@@ -30,14 +32,14 @@ from lattica_protocols.limits import (
     REPLICA_BATCH_BYTES,
     REPLICA_BATCH_OPERATIONS,
     REPLICA_BATCHES_IN_FLIGHT,
-    REPLICA_MAX_CHECKPOINT_BYTES,
     REPLICA_MAX_PENDING,
     REPLICA_MAX_PENDING_BYTES,
     REPLICA_MAX_PENDING_PER_PEER,
     REPLICA_MAX_TIPS,
     REPLICA_MAX_WANTED,
 )
-from lattica_protocols.replica.checkpoint import Checkpoint, Head, Rank, ranks_above
+from lattica_protocols.replica.checkpoint import Checkpoint, Rank
+from lattica_protocols.replica.download import CHUNK, Downloads
 from lattica_protocols.replica.equivocation import Equivocation, Fork, equivocation_untrusted
 from lattica_protocols.replica.errors import MissingParents, NotYet
 from lattica_protocols.replica.graph import Admission, Branch, Entry, Past
@@ -65,12 +67,6 @@ STALLED = 10.0
 LOST = 2.0
 """Seconds without an ACK after which what is in flight is sent again when a frontier does not show it."""
 WANT_AGAIN = 1.0
-BLAME = (10.0, 600.0)
-"""Seconds in which no checkpoint is fetched from a neighbour that failed to deliver one: doubling from the first to the
-second."""
-SLOW = 30.0
-"""Seconds for a checkpoint after which another neighbour that has one gets its turn. Whoever was too slow has twice as
-long the next time, so that slow ones come to an end, and one that is slow on purpose holds nobody up for hours."""
 FORK_PAUSE = (1.0, 60.0)
 """Seconds in which no earlier fork of an author that is excluded already is taken: doubling likewise. Each makes the
 whole graph be counted anew, and who signs a long chain can make thousands, one before the other."""
@@ -79,8 +75,6 @@ FRUITLESS = 2
 READ_ALONE = 16
 """A message of more operations may be read before those that came earlier are taken in (so that signatures can be
 checked meanwhile): it names none by their place in the receiver's replica."""
-CHUNK = 512 << 10
-"""Bytes of a checkpoint in one message."""
 _PROOF_BYTES = 512 << 10
 """Of a message of proofs; a longer proof has one to itself."""
 _REFUSED_KEPT = 4096
@@ -105,20 +99,6 @@ class _Neighbour:
     """It pushed what we cannot read: a frontier is to be sent."""
 
 
-@dataclass(slots=True)
-class _Download(Generic[Peer]):
-    """A checkpoint on its way."""
-
-    peer: Peer
-    id: bytes
-    data: bytearray
-    asked_at: float
-    started_at: float
-    total: int = 0
-    signed: bool = False
-    """Its head came, and is signed by those who may."""
-
-
 class ReplicaSync(Generic[Peer]):
     """Keeps `replica` equal to the neighbours'. `Peer` is whatever names a neighbour."""
 
@@ -132,23 +112,24 @@ class ReplicaSync(Generic[Peer]):
         self.in_step = False
         """The last neighbour that compared had exactly what we have."""
         self._rng = rng
+        self.is_long: Callable[[], bool] = lambda: False
+        """Whether the owner wants to do something else: what takes long is interrupted then, and goes on later."""
         self._neighbours: dict[Peer, _Neighbour] = {}
         self._pending: OrderedDict[bytes, tuple[Operation, Peer]] = OrderedDict()
         self._pending_bytes = 0
         self._pending_of: Counter[Peer] = Counter()
+        self._ready: deque[tuple[Operation, Peer]] = deque()
+        """Operations that waited for a parent which has come."""
         self._waiting: dict[bytes, dict[bytes, None]] = {}
         """Missing parent: operations that wait for it."""
         self._wanted: OrderedDict[bytes, float] = OrderedDict()
         """When these were asked for last, oldest first."""
         self._refused: OrderedDict[bytes, None] = OrderedDict()
-        self._bad_checkpoints: OrderedDict[bytes, None] = OrderedDict()
-        self._blamed: dict[Peer, tuple[float, float]] = {}
-        """When to fetch from a neighbour again, and the pause before."""
         self._asked: dict[Peer, tuple[float, float]] = {}
         """Frontiers of a peer that may be answered yet, and when that was so."""
         self._fork_pauses: dict[bytes, tuple[float, float]] = {}
         """The same by author, for forks."""
-        self._download: _Download[Peer] | None = None
+        self._downloads: Downloads[Peer] = Downloads(replica, self.counters)
         self._checkpoint_bytes: tuple[bytes, bytes] = (b"", b"")
         self._transmit: list[tuple[Peer, bytes]] = []
         self._hello_at = now + rng.uniform(*HELLO_INTERVAL)
@@ -169,8 +150,7 @@ class ReplicaSync(Generic[Peer]):
 
     def remove_neighbour(self, peer: Peer) -> None:
         self._neighbours.pop(peer, None)
-        if self._download is not None and self._download.peer == peer:
-            self._download = None
+        self._downloads.forget(peer)
 
     def neighbours(self) -> list[Peer]:
         return list(self._neighbours)
@@ -210,6 +190,8 @@ class ReplicaSync(Generic[Peer]):
 
     # -- time -----------------------------------------------------------------------------------------------
     def next_timeout(self) -> float:
+        if self._ready:
+            return -math.inf
         at = self._hello_at
         if self.presence_info is not None:
             at = min(at, self._presence_at)
@@ -221,6 +203,8 @@ class ReplicaSync(Generic[Peer]):
         return at
 
     def handle_timer(self, now: float, unix_now: float) -> None:
+        if self._ready:
+            self._take_ready(now, unix_now, pushed=True)
         if self._settle_at is not None and now >= self._settle_at:
             self._settle_at = None
             for peer in self._neighbours:
@@ -249,9 +233,7 @@ class ReplicaSync(Generic[Peer]):
             if neighbour.in_flight and now - neighbour.last_ack > STALLED:
                 neighbour.in_flight.clear()
                 neighbour.batches = iter(())
-        if self._download is not None and now - self._download.asked_at > STALLED:
-            self._blame(self._download.peer, now)
-        self._blamed = {peer: row for peer, row in self._blamed.items() if now - row[0] < BLAME[1]}
+        self._downloads.forget_old(now)
 
     # -- receiving ------------------------------------------------------------------------------------------
     def receive_message_untrusted(self, peer: Peer, data: bytes, now: float, unix_now: float) -> None:
@@ -271,7 +253,7 @@ class ReplicaSync(Generic[Peer]):
             case Kind.OPERATIONS:
                 if row is None:
                     row = read_row_untrusted(fields[1], self.replica.space, self.replica.graph.operation_at)
-                self._on_operations(peer, neighbour, fields[0], row.operations, now, unix_now)
+                self._on_operations(peer, fields[0], row.operations, now, unix_now)
                 if not row.complete and peer in self._neighbours:
                     self.counters["unresolved"] += 1
                     neighbour.behind = True
@@ -305,8 +287,9 @@ class ReplicaSync(Generic[Peer]):
         self.in_step = False
         own = self.replica.rank()
         if theirs[2] != own[2]:
-            if theirs[2] not in self._bad_checkpoints and ranks_above(theirs, own):
-                self._get_checkpoint(peer, theirs[2], now)
+            if self._downloads.is_wanted(theirs):
+                if self._downloads.start(peer, theirs[2], now):
+                    self._send(peer, Kind.GET_CHECKPOINT, theirs[2], 0)
             elif self.replica.checkpoint is not None:
                 self._send_hello(peer)
             return
@@ -405,57 +388,83 @@ class ReplicaSync(Generic[Peer]):
         return heapq.merge(*lines, key=lambda entry: entry.order) if len(lines) != 1 else lines[0]
 
     def _on_operations(
-        self,
-        peer: Peer,
-        neighbour: _Neighbour,
-        batch: int,
-        operations: Sequence[Operation],
-        now: float,
-        unix_now: float,
+        self, peer: Peer, batch: int, operations: Sequence[Operation], now: float, unix_now: float
     ) -> None:
         known = self.replica.operations()
-        if len(operations) > 1:
-            with self.replica.batch():
-                for op in operations:
-                    self._take(peer, op, batch, now, unix_now)
-        else:
-            for op in operations:
-                self._take(peer, op, batch, now, unix_now)
+        self._take_all(peer, operations, batch, now, unix_now)
         if batch:
             self._send(peer, Kind.ACK, batch)
-            if self.replica.operations() != known:
-                neighbour.fruitless = 0
-                self._settle_at = self._settle_at or now + SETTLE
-                self._settle_not = peer
+        self._note_news(peer, batch, known, now)
 
-    def _take(self, peer: Peer, op: Operation, batch: int, now: float, unix_now: float) -> None:
-        """Take in an operation and those that waited for it."""
-        ready = [(op, peer)]
-        while ready:
-            op, source = ready.pop()
-            if op.id in self._refused or op.id in self.replica.graph.entries:
-                self.counters["repeated"] += 1
-                continue
-            try:
-                if self.replica.graph.would_move_fork(op):
-                    self._check_fork_pause(op.author, now)
-                admission = self.replica.receive_operation(op, unix_now)
-            except MissingParents as error:
-                self._set_aside(op, source, error.missing, now)
-                continue
-            except NotYet:
-                self.counters["not_yet"] += 1
-                continue
-            except RemoteProtocolError as error:
-                self._refuse(op, error)
-                continue
-            self._after(admission, source, now, pushed=not batch)
-            for waiting in self._waiting.pop(op.id, ()):
-                held = self._pending.pop(waiting, None)
-                if held is not None:
-                    self._pending_bytes -= len(held[0].encoded)
-                    self._pending_of[held[1]] -= 1
-                    ready.append(held)
+    def _note_news(self, peer: Peer, batch: int, known: int, now: float) -> None:
+        """What came in batches is gathered for a moment before others are told; what is pushed is pushed on."""
+        if batch and self.replica.operations() != known:
+            if peer in self._neighbours:
+                self._neighbours[peer].fruitless = 0
+            self._settle_at = self._settle_at or now + SETTLE
+            self._settle_not = peer
+
+    def take_some(
+        self, peer: Peer, batch: int, operations: Sequence[Operation], now: float, unix_now: float
+    ) -> Sequence[Operation]:
+        """Take operations of a message until `is_long`: the rest of them, for the next turn. The last turn of a message
+        is `receive`, with what is left of its row."""
+        known = self.replica.operations()
+        left = self._take_all(peer, operations, batch, now, unix_now, to_the_end=False)
+        self._note_news(peer, batch, known, now)
+        return left
+
+    def _take_all(
+        self,
+        peer: Peer,
+        operations: Sequence[Operation],
+        batch: int,
+        now: float,
+        unix_now: float,
+        *,
+        to_the_end: bool = True,
+    ) -> Sequence[Operation]:
+        with self.replica.batch() if len(operations) > 1 else nullcontext():
+            for number, op in enumerate(operations, 1):
+                self._take(op, peer, now, unix_now, pushed=not batch)
+                self._take_ready(now, unix_now, pushed=not batch)
+                if not to_the_end and self.is_long():
+                    return operations[number:]
+        return ()
+
+    def _take_ready(self, now: float, unix_now: float, *, pushed: bool) -> None:
+        """Take in what waited, until `is_long`."""
+        while self._ready:
+            op, source = self._ready.pop()
+            self._take(op, source, now, unix_now, pushed=pushed)
+            if self.is_long():
+                return
+
+    def _take(self, op: Operation, source: Peer, now: float, unix_now: float, *, pushed: bool) -> None:
+        """Take in an operation; those that waited for it are ready then."""
+        if op.id in self._refused or op.id in self.replica.graph.entries:
+            self.counters["repeated"] += 1
+            return
+        try:
+            if self.replica.graph.would_move_fork(op):
+                self._check_fork_pause(op.author, now)
+            admission = self.replica.receive_operation(op, unix_now)
+        except MissingParents as error:
+            self._set_aside(op, source, error.missing, now)
+            return
+        except NotYet:
+            self.counters["not_yet"] += 1
+            return
+        except RemoteProtocolError as error:
+            self._refuse(op, error)
+            return
+        self._after(admission, source, now, pushed=pushed)
+        for waiting in self._waiting.pop(op.id, ()):
+            held = self._pending.pop(waiting, None)
+            if held is not None:
+                self._pending_bytes -= len(held[0].encoded)
+                self._pending_of[held[1]] -= 1
+                self._ready.append(held)
 
     def _check_fork_pause(self, author: bytes, now: float) -> None:
         if now < self._fork_pauses.get(author, (0.0, 0.0))[0]:
@@ -586,18 +595,6 @@ class ReplicaSync(Generic[Peer]):
             if peer != source:
                 self._send(peer, Kind.PROPOSAL, proposal.header, sorted(proposal.signatures.items()))
 
-    def _get_checkpoint(self, peer: Peer, checkpoint: bytes, now: float) -> None:
-        if now < self._blamed.get(peer, (0.0, 0.0))[0]:
-            return
-        download = self._download
-        if download is not None and download.peer != peer:
-            _, pause = self._blamed.get(download.peer, (0.0, 0.0))
-            if now - download.started_at > max(SLOW, 2 * pause):
-                self._blame(download.peer, now)
-        if self._download is None:
-            self._download = _Download(peer, checkpoint, bytearray(), now, now)
-            self._send(peer, Kind.GET_CHECKPOINT, checkpoint, 0)
-
     def _on_get_checkpoint(self, peer: Peer, checkpoint: bytes, offset: int) -> None:
         own = self.replica.checkpoint
         if own is None or checkpoint != own.id:
@@ -611,55 +608,11 @@ class ReplicaSync(Generic[Peer]):
     def _on_checkpoint(
         self, peer: Peer, checkpoint: bytes, offset: int, total: int, data: bytes, *, now: float
     ) -> None:
-        download = self._download
-        if download is None or (download.peer, download.id) != (peer, checkpoint) or offset != len(download.data):
-            return
-        download.total = download.total or total
-        expected = min(CHUNK, download.total - offset)
-        if total != download.total or total > REPLICA_MAX_CHECKPOINT_BYTES or len(data) != expected or not data:
-            self._blame(peer, now)
-            return
-        download.data += data
-        download.asked_at = now
-        if not self._check_head(download, now):
-            return
-        if len(download.data) < total:
-            self._send(peer, Kind.GET_CHECKPOINT, checkpoint, len(download.data))
-            return
-        self._download = None
-        try:
-            taken = self.replica.receive_checkpoint(bytes(download.data))
-        except RemoteProtocolError:
-            self._blame(peer, now)
-            return
+        behind, taken = self._downloads.receive_untrusted(peer, checkpoint, offset, total, data, now)
+        if behind is not None:
+            self._send(peer, Kind.GET_CHECKPOINT, checkpoint, behind)
         if taken:
             self._after_checkpoint()
-
-    def _check_head(self, download: _Download[Peer], now: float) -> bool:
-        """Whether to go on: nobody makes us fetch 100 MB that those who may did not sign."""
-        if download.signed:
-            return True
-        replica = self.replica
-        owners = replica.graph.membership().owners
-        head = Checkpoint.check_head_untrusted(bytes(download.data), download.id, replica.genesis, owners)
-        if head == Head.UNSIGNED:
-            self._bad_checkpoints[download.id] = None
-            if len(self._bad_checkpoints) > _REFUSED_KEPT:
-                self._bad_checkpoints.popitem(last=False)
-        if head in (Head.UNSIGNED, Head.WRONG):
-            self._blame(download.peer, now)
-            return False
-        download.signed = head == Head.SIGNED
-        return True
-
-    def _blame(self, peer: Peer, now: float) -> None:
-        """A neighbour did not deliver a checkpoint that it has or pretends to: others first, for a while. What it sent
-        says nothing about the checkpoint, which may be a good one."""
-        self.counters["refused_checkpoints"] += 1
-        _, pause = self._blamed.get(peer, (0.0, BLAME[0] / 2))
-        pause = min(2 * pause, BLAME[1])
-        self._blamed[peer] = (now + pause, pause)
-        self._download = None
 
     # -- presence -------------------------------------------------------------------------------------------
     def _on_presence(self, peer: Peer, records: Sequence[Record], now: float, unix_now: float) -> None:
