@@ -11,6 +11,8 @@ from lab_daemons import LabDaemon, wait_until
 from nat_lab import Lab
 from test_paths import NATTED
 
+LOOKED_EVERY = 0.5
+"""Seconds between two looks at the paths."""
 NOTICED_SECONDS = 30.0
 """QUIC and TCP one after the other, 6.5 s each, and what the relay's own connections take."""
 WATCHED_SECONDS = 25.0
@@ -48,5 +50,5 @@ def test_the_relay_is_not_left_for_a_path_that_is_dead(tmp_path: Path) -> None:
         answered = time.monotonic()
         while time.monotonic() - answered < WATCHED_SECONDS:
             assert a.paths(b), f"no path is left after {time.monotonic() - answered:.1f} s\n{logs()}"
-            time.sleep(0.5)
+            time.sleep(LOOKED_EVERY)
         assert is_answered()

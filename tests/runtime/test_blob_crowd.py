@@ -17,6 +17,8 @@ from lattica_protocols.blobs import PROTOCOL, fetch
 from lattica_protocols.blobs.messages import HEADER, Kind, encode_frame, encode_header
 from lattica_protocols.limits import CHUNK_BYTES, MAX_FETCH_SOURCES
 
+DRIBBLE_SECONDS = 0.05
+"""Between two bytes of a source that dribbles."""
 CHUNKS = 12
 
 
@@ -40,7 +42,7 @@ class Taker:
                 stream.write(encode_header(Kind.CHUNK, blob, arg=index, length=CHUNK_BYTES))
                 while True:
                     stream.write(b"x")
-                    await trio.sleep(0.05)
+                    await trio.sleep(DRIBBLE_SECONDS)
 
 
 @pytest.mark.parametrize("manner", ["silent", "a byte now and then", "no manifest"])

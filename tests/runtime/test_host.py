@@ -35,6 +35,9 @@ from lattica_protocols.limits import IDENTIFY_PUSH_BURST
 from lattica_protocols.multiaddr import Multiaddr
 from lattica_protocols.peer_id import PeerId
 
+SEARCH_SECONDS = 0.3
+"""What a search for addresses takes."""
+
 
 async def echo(stream: Stream) -> None:
     while data := await stream.receive_some():
@@ -246,7 +249,7 @@ def test_old_addresses_that_keep_silent_do_not_hold_up_a_search(run_mocked) -> N
             async def search(peer: PeerId) -> list[Multiaddr]:
                 nonlocal searches
                 searches += 1
-                await trio.sleep(0.3)
+                await trio.sleep(SEARCH_SECONDS)
                 return two.listen_addrs()
 
             one._transports.append(Deaf())

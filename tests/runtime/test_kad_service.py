@@ -24,6 +24,8 @@ from lattica_protocols.multiaddr import Multiaddr
 from lattica_protocols.multihash import SHA2_256, Multihash
 from lattica_protocols.peer_id import PeerId
 
+SLOW_SECONDS = 1.0
+"""By which an honest server answers later than the liar."""
 UNIX_START = 1_800_000_000.0
 PROTOCOL = "/lattica/kad/1.0.0"
 
@@ -134,7 +136,7 @@ def test_a_peer_that_makes_up_providers_does_not_hide_the_real_one(run_mocked: C
 
             def slow(peer: Peer) -> Callable[[Any], Awaitable[None]]:
                 async def serve(stream: Any) -> None:
-                    await trio.sleep(1)
+                    await trio.sleep(SLOW_SECONDS)
                     await peer.kad._inbound.serve(stream)
 
                 return serve
