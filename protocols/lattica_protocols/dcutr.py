@@ -32,7 +32,6 @@ it there. Others get so little that it is no use to anybody (`choose_targets`, `
 from __future__ import annotations
 
 import enum
-import hmac
 import ipaddress
 import random
 from collections.abc import Collection, Iterable, Sequence
@@ -204,11 +203,6 @@ def probe_token_untrusted(data: bytes) -> bytes | None:
     if len(data) != PROBE_BYTES or data[0] != PROBE_FIRST_BYTE:
         return None
     return data[1 : 1 + TOKEN_BYTES]
-
-
-def same_token(one: bytes, other: bytes) -> bool:
-    """Without telling by the time it takes where they differ."""
-    return hmac.compare_digest(one, other)
 
 
 def probe_delay(sent: int, rng: random.Random) -> float:

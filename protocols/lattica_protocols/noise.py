@@ -55,6 +55,8 @@ from lattica_protocols.protobuf import Kind, Message, optional, repeated
 
 PROTOCOL_ID: Final = "/noise"
 PROTOCOL_NAME: Final = b"Noise_XX_25519_ChaChaPoly_SHA256"
+CIPHERS_FIELD: Final = 2048
+"""Of the extensions."""
 
 _SIGNED_PREFIX: Final = b"noise-libp2p-static-key:"
 _nonce: Final = struct.Struct("<IQ").pack
@@ -66,7 +68,7 @@ class NoiseExtensions(Message):
     """What the two sides tell each other under the handshake's protection."""
 
     stream_muxers: Sequence[str] = repeated(2, Kind.STRING, max_bytes=256, max_count=MAX_NOISE_MUXERS)
-    transport_ciphers: Sequence[str] = repeated(2048, Kind.STRING, max_bytes=64, max_count=MAX_NOISE_CIPHERS)
+    transport_ciphers: Sequence[str] = repeated(CIPHERS_FIELD, Kind.STRING, max_bytes=64, max_count=MAX_NOISE_CIPHERS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lattica_protocols.cid import BLOB_MANIFEST
+from lattica_protocols.noise import CIPHERS_FIELD
 from lattica_protocols.replica import SPACE_CODEC
 
 ROOT = Path(__file__).parents[2]
@@ -36,3 +37,7 @@ def test_ids_are_found() -> None:
 @pytest.mark.parametrize("number", [BLOB_MANIFEST, SPACE_CODEC])
 def test_a_number_is_registered(number: int) -> None:
     assert f"`{number:#06x}`" in REGISTRY
+
+
+def test_the_extension_of_noise_is_registered() -> None:
+    assert f"`{CIPHERS_FIELD}`" in REGISTRY

@@ -71,10 +71,6 @@ class ChunkSet:
             yield at
             at = self._flags.find(0, at + 1)
 
-    def next_missing(self, start: int) -> int:
-        """The first index from `start` on that is not in the set, -1 when there is none."""
-        return self._flags.find(0, start)
-
     def to_bytes(self) -> bytes:
         """The bitmap."""
         flags = bytes(self._flags) + bytes(-self.count % 8)
