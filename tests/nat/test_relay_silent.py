@@ -17,6 +17,8 @@ from test_relay_gone import FOUND_SECONDS, relays_of
 from lattica.relay.client import ANSWER_SECONDS, LOOK_SECONDS
 
 NOTICED_SECONDS = LOOK_SECONDS + 2 * ANSWER_SECONDS
+QUIET_BYTES = 1000
+"""What signs of life of both connections come to between two looks, and no message."""
 NATTED = '[relay]\nuse = "always"\n[discovery]\nmode = "client"\n'
 
 
@@ -71,12 +73,27 @@ def test_a_relay_that_was_only_slow_is_kept(stack: ExitStack, tmp_path: Path) ->
     _, relays, hidden = start(lab, tmp_path, stack)
 
     both = {relay.peer_id for relay in relays}
+    rest(hidden, relays[0])
     come_back = stack.callback(freeze(lab, relays[0]))
     wait_until(lambda: "relay_silent" in hidden.process.log(), NOTICED_SECONDS + 2.0, hidden.process.log)
     come_back()
     wait_until(lambda: "relay_answers" in hidden.process.log(), NOTICED_SECONDS + 2.0, hidden.process.log)
     assert relays_of(hidden) == both
     assert "reservation_lost" not in hidden.process.log()
+
+
+def rest(daemon: LabDaemon, relay: LabDaemon) -> None:
+    """Until nothing goes between them but signs of life: a path on which something is awaited dies after 6.5 s."""
+
+    def carried() -> int:
+        peers = daemon.json("peers")
+        return sum(p["sent_bytes"] + p["received_bytes"] for p in peers if p["peer_id"] == relay.peer_id)
+
+    wait_until(lambda: "reachability" in daemon.process.log(), 30.0, daemon.process.log)
+    before = -QUIET_BYTES
+    while carried() - before >= QUIET_BYTES:  # bounded by the tier
+        before = carried()
+        time.sleep(LOOK_SECONDS)
 
 
 def start(lab: SpreadLab, folder: Path, stack: ExitStack) -> tuple[LabDaemon, list[LabDaemon], LabDaemon]:
