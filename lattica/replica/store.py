@@ -251,11 +251,6 @@ class SpaceStore:
         self._next[number] = number << 40
         self._write_list()
 
-    def set_instance(self, space: bytes, instance: int) -> None:
-        """The chain we write in is another one from now on."""
-        with _Writing(self._connection):
-            self._connection.execute("UPDATE spaces SET instance = ? WHERE space = ?", (instance, space))
-
     def remove(self, space: bytes) -> None:
         """Forget a space."""
         number = self._numbers.pop(space)

@@ -811,6 +811,3 @@ models that comes or goes. Every one reaches all members, over each of their lin
 
 REPLICA_MAX_PROOF_BYTES = 64 << 10
 """An inclusion proof: an operation of a few hundred bytes, grants, two Merkle paths."""
-
-REPLICA_MAX_SPACES_PER_PEER = 256
-"""Spaces that one neighbour can talk about on its stream."""

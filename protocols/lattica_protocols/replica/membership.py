@@ -37,9 +37,6 @@ class Membership:
         self.former = former
         """Keys that could once and no more."""
 
-    def can_write(self, key: bytes) -> bool:
-        return key in self.writers
-
 
 class MembershipTable:
     """Makes each membership once."""

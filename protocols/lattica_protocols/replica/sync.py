@@ -136,7 +136,6 @@ class ReplicaSync(Generic[Peer]):
         self._settle_at: float | None = None
         self._settle_not: Peer | None = None
         self._presence_at = now
-        self._digest: tuple[frozenset[bytes], bytes] | None = None
 
     # -- what the owner calls -------------------------------------------------------------------------------
     def add_neighbour(self, peer: Peer, now: float) -> None:
