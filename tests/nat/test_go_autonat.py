@@ -63,13 +63,14 @@ def test_go_believes_what_we_found(run: Callable[..., Any], firewall: bool) -> N
 
     async def main() -> None:
         async with four_servers(ours.address) as nodes:
+            addrs = nodes[0].host.listen_addrs()
             relays = [node.host.listen_addrs()[0].with_peer(node.peer_id) for node in nodes]
 
             def drive() -> None:
                 options = ["-dhtClient", "-autoRelay", f"-trustedRelays={','.join(map(str, relays))}"]
                 options.append(f"-hostAddrs=/ip4/{theirs.address}/tcp/4001")
                 with theirs.netns.entered(), running_p2pd(install_p2pd(), *options) as go:
-                    go.connect(nodes[0].peer_id, nodes[0].host.listen_addrs())
+                    go.connect(nodes[0].peer_id, addrs)
                     wait_until(lambda: outcomes(nodes), 60.0)
                     if firewall:
                         wait_until(lambda: holds_reservation(nodes, go.peer_id), 20.0)
