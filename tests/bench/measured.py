@@ -30,14 +30,14 @@ TCP, QUIC = ["/ip4/127.0.0.1/tcp/0"], ["/ip4/127.0.0.1/udp/0/quic-v1"]
 class Figure:
     """One row: our values, what they are compared with, and which way is better.
 
-    Without `against` the bar and the aim are for our value itself, in `unit`.
+    Without `against` the bar and the aim are for our value itself, in `unit`. Without a bar or an aim nothing is asked.
     """
 
     name: str
     unit: str
     against: str
-    bar: float
-    aim: float
+    bar: float | None
+    aim: float | None
     lower_is_better: bool = False
     ours: list[float] = field(default_factory=list)
     theirs: list[float] = field(default_factory=list)
@@ -47,8 +47,12 @@ class Figure:
         theirs = statistics.median(self.theirs) if self.against else None
         ratio = ours / theirs if theirs else None
         judged = ours if ratio is None else ratio
-        met = (lambda bound: judged <= bound) if self.lower_is_better else (lambda bound: judged >= bound)
-        verdict = "aim" if met(self.aim) else "bar" if met(self.bar) else "below"
+
+        def met(bound: float | None) -> bool:
+            return bound is not None and (judged <= bound if self.lower_is_better else judged >= bound)
+
+        short = "" if self.bar is None else "below"
+        verdict = "aim" if met(self.aim) else "bar" if met(self.bar) else short
         return {
             "figure": self.name,
             "unit": self.unit,

@@ -153,7 +153,7 @@ def main() -> None:
                     )
                     print(
                         f"{figure.name}: {row['ours']:.0f} {figure.unit}{against} "
-                        f"(bar {figure.bar:g}, aim {figure.aim:g}: {row['verdict']})"
+                        f"(bar {figure.bar}, aim {figure.aim}: {row['verdict']})"
                     )
 
 

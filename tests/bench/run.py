@@ -34,11 +34,17 @@ def table(rows: list[dict[str, Any]]) -> str:
         unit, compared = row["unit"], row["theirs"] is not None
         theirs = f"{_number(row['theirs'])} {unit}" if compared else ""
         ratio = f"{row['ratio']:.2f}" if compared else ""
-        bounds = [f"{row[name]:g}" if compared else f"{_number(row[name])} {unit}" for name in ("bar", "aim")]
+        bounds = [_bound(row[name], "" if compared else unit) for name in ("bar", "aim")]
         ours = f"{_number(row['ours'])} {unit}"
         cells = [row["figure"], ours, row["against"], theirs, ratio, *bounds, row["verdict"]]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _bound(value: float | None, unit: str) -> str:
+    if value is None:
+        return "-"
+    return f"{_number(value)} {unit}" if unit else f"{value:g}"
 
 
 def _number(value: float) -> str:

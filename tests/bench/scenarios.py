@@ -78,8 +78,8 @@ def blob_fetch(bench: Bench) -> Iterator[Figure]:
     libp2p, and the one that two of ours agree on where it is fast."""
     against_rust = Figure("fetch 1 GiB blob, TCP, verified, on disk", "MB/s", "Rust wheel streaming, TCP", 6, 10)
     against_ceilings = {
-        cipher: Figure("fetch 1 GiB blob, TCP, verified, on disk", "MB/s", f"TCP + {cipher}", 0.35, 0.6)
-        for cipher in ("ChaCha20-Poly1305", "AES-256-GCM")
+        cipher: Figure("fetch 1 GiB blob, TCP, verified, on disk", "MB/s", f"TCP + {cipher}", *bounds)
+        for cipher, *bounds in (("ChaCha20-Poly1305", 0.35, 0.6), ("AES-256-GCM", None, None))
     }
     size = 1024 * MIB // bench.scale
     source = make_file(bench.folder / "blob.bin", size)

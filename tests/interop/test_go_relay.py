@@ -108,19 +108,20 @@ async def chosen_relay(relays: list[Node], peer: P2pd) -> Node:
     return holders()[0]
 
 
-def hidden_go(binary: Path, relays: list[Node]) -> AbstractContextManager[P2pd]:
-    trusted = ",".join(str(addr_of(relay)) for relay in relays)
+def hidden_go(binary: Path, relays: list[Multiaddr]) -> AbstractContextManager[P2pd]:
+    trusted = ",".join(map(str, relays))
     return running_p2pd(binary, "-dhtClient", "-autoRelay", "-forceReachabilityPrivate", f"-trustedRelays={trusted}")
 
 
 def test_we_relay_for_two_go_peers(run, p2pd_binary: Path) -> None:
     async def main() -> None:
         async with four_relays() as relays:
+            addrs = [addr_of(relay) for relay in relays]
 
             def drive() -> Node:
-                with hidden_go(p2pd_binary, relays) as hidden, running_p2pd(p2pd_binary) as other:
+                with hidden_go(p2pd_binary, addrs) as hidden, running_p2pd(p2pd_binary) as other:
                     relay: Node = trio.from_thread.run(chosen_relay, relays, hidden)
-                    other.connect(hidden.peer_id, [addr_of(relay).encapsulate("/p2p-circuit")])
+                    other.connect(hidden.peer_id, [addrs[relays.index(relay)].encapsulate("/p2p-circuit")])
                     assert hidden.peer_id in other.peers()
                     assert other.peer_id in hidden.peers()
                     return relay
@@ -135,7 +136,7 @@ def test_we_relay_for_two_go_peers(run, p2pd_binary: Path) -> None:
 def test_we_reach_a_go_peer_behind_our_relay(run, p2pd_binary: Path) -> None:
     async def main() -> None:
         async with four_relays() as relays, node() as ours:
-            manager = hidden_go(p2pd_binary, relays)
+            manager = hidden_go(p2pd_binary, [addr_of(relay) for relay in relays])
             hidden = await trio.to_thread.run_sync(manager.__enter__)
             try:
                 relay = await chosen_relay(relays, hidden)
