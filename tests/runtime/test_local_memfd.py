@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import gc
+import mmap
 import os
 import struct
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 from lattica.local import received, segment
@@ -145,6 +147,23 @@ def test_what_was_mapped_once_stays_mapped_for_the_next_tail(pool: SegmentPool) 
     assert not ours.trim(1000.0)
     assert mapped_segments() == 0
     lent.close()
+
+
+def test_a_view_tells_once_when_nothing_over_it_is_left() -> None:
+    mapping, gone = mmap.mmap(-1, HEADER_BYTES + 100), []
+    mapping[HEADER_BYTES : HEADER_BYTES + 3] = b"abc"
+    view = segment.watched_view(mapping, 100, lambda: gone.append(1))
+    assert (view.format, view.ndim, view.readonly, len(view)) == ("B", 1, False, 100)
+    assert len(view.obj) == 100
+    array = np.frombuffer(view[1:3], np.uint8)
+    del view
+    assert bytes(array) == b"bc"
+    array[0] = 7
+    assert mapping[HEADER_BYTES + 1] == 7
+    assert not gone
+    del array
+    assert gone == [1]
+    mapping.close()
 
 
 def test_a_tail_that_outgrows_what_was_mapped(pool: SegmentPool) -> None:
