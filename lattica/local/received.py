@@ -39,6 +39,7 @@ WHOLE_WITHIN: Final = 4
 senders use a segment for tails of a quarter of it and more."""
 SMALLEST_SEGMENT: Final = 1 << 20
 
+
 class Sender(Protocol):
     """A connection that segments come from."""
 

@@ -68,7 +68,7 @@ GO_AWAY_INTERNAL_ERROR: Final = 2
 SMALL_SHARE: Final = 8192
 """A stream with no more than this queued is served before bulk."""
 _BULK_TURN: Final = 4
-IN_MESSAGES: Final = 3 * 65536
+_IN_MESSAGES: Final = 3 * 65536
 """Bytes that a path holds besides what its round trip tells: a Noise message is used when all of it is there, at a
 relay and at the end, and a ping is too small to wait for that. On a slow line these are most of what is under way."""
 _SHORTEST_MEASUREMENT: Final = 0.002
@@ -166,7 +166,7 @@ class YamuxSession:
         self._their_parity = 0 if initiator else 1
         self._max_inbound = max_inbound_streams
         self._max_window = max_window
-        self.allowance = IN_MESSAGES
+        self.allowance = _IN_MESSAGES
         """Bytes in flight on a stream beyond what the round trip tells."""
         self.streams: dict[int, YamuxStream] = {}
         self.unacknowledged = 0

@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import trio
-import trio.testing
-from natted_nodes import circuit_to, natted_node, until_direct
-from test_relay import QUIC, relay_node
+from natted_nodes import circuit_to, natted_pair, until_direct
+from test_relay import QUIC
 
 from lattica import punch
 from lattica.interfaces import Connection
@@ -41,17 +40,11 @@ def test_news_of_the_network_are_a_reason_to_try_again(
     monkeypatch.setattr(punch, "PUNCH_PAUSES", PAUSES)
 
     async def main() -> None:
-        async with (
-            relay_node(QUIC) as relay,
-            natted_node(relay, [QUIC]) as a,
-            natted_node(relay, [QUIC]) as b,
-            trio.open_nursery() as nursery,
-        ):
+        async with natted_pair(QUIC) as pair:
+            a, b = pair.a, pair.b
             known, b.punch.candidates = b.punch.candidates, lambda: []  # type: ignore[method-assign]
-            for node in (a, b):
-                nursery.start_soon(node.punch.run)
-            await trio.testing.wait_all_tasks_blocked()
-            await a.host.connect(None, [circuit_to(b)])
+            await pair.start_punching()
+            await pair.connect()
             await resting(a, b)
             assert b.punch.reports[a.peer_id].attempts == 0
             b.punch.candidates = known  # type: ignore[method-assign]
@@ -64,7 +57,6 @@ def test_news_of_the_network_are_a_reason_to_try_again(
                 a.host.addrs_changed()
             assert await until_direct(b, a) == "quic"
             assert trio.current_time() - started < PAUSES.rested + 2 * NEWS_SECONDS + 4
-            nursery.cancel_scope.cancel()
 
     run(main)
 
@@ -75,12 +67,8 @@ def test_a_peer_comes_back_before_the_search_for_its_former_connection_has_ended
     monkeypatch.setattr(punch, "PUNCH_PAUSES", PAUSES)
 
     async def main() -> None:
-        async with (
-            relay_node(QUIC) as relay,
-            natted_node(relay, [QUIC]) as a,
-            natted_node(relay, [QUIC]) as b,
-            trio.open_nursery() as nursery,
-        ):
+        async with natted_pair(QUIC) as pair:
+            a, b = pair.a, pair.b
             for node in (a, b):
                 node.punch.candidates = lambda: []  # type: ignore[method-assign]
             searching, may_end = trio.Event(), trio.Event()
@@ -93,19 +81,16 @@ def test_a_peer_comes_back_before_the_search_for_its_former_connection_has_ended
                 await dial_known(*arguments)
 
             monkeypatch.setattr(b.punch, "_dial_known", lasting)
-            for node in (a, b):
-                nursery.start_soon(node.punch.run)
-            await trio.testing.wait_all_tasks_blocked()
-            former = await a.host.connect(None, [circuit_to(b)])
+            await pair.start_punching()
+            former = await pair.connect()
             await searching.wait()
             await leave(former, a, b)
-            again = await a.host.connect(None, [circuit_to(b)])
+            again = await pair.connect()
             await resting(a, b)
             may_end.set()
             await leave(again, a, b)
-            await a.host.connect(None, [circuit_to(b)])
+            await pair.connect()
             await resting(a, b)
-            nursery.cancel_scope.cancel()
 
     run(main)
 
@@ -117,17 +102,11 @@ def test_a_connection_made_anew_begins_the_report_anew(run: Any, monkeypatch: py
     claim = "/ip4/192.0.2.1/udp/4101/quic-v1"
 
     async def main() -> None:
-        async with (
-            relay_node(QUIC) as relay,
-            natted_node(relay, [QUIC]) as a,
-            natted_node(relay, [QUIC]) as b,
-            trio.open_nursery() as nursery,
-        ):
+        async with natted_pair(QUIC) as pair:
+            a, b = pair.a, pair.b
             known, b.punch.candidates = b.punch.candidates, lambda: []  # type: ignore[method-assign]
-            for node in (a, b):
-                nursery.start_soon(node.punch.run)
-            await trio.testing.wait_all_tasks_blocked()
-            relayed = await a.host.connect(None, [circuit_to(b)])
+            await pair.start_punching()
+            relayed = await pair.connect()
             await resting(a, b)
             for node, other in ((a, b), (b, a)):
                 former = node.punch.reports[other.peer_id]
@@ -156,23 +135,16 @@ def test_a_connection_made_anew_begins_the_report_anew(run: Any, monkeypatch: py
                     assert report.seconds < 50
                 else:
                     assert (report.seconds, report.technique, report.unproven) == (None, "dial", [claim])
-            nursery.cancel_scope.cancel()
 
     run(main)
 
 
 def test_a_direct_path_that_is_lost_beside_a_relayed_one_is_looked_for_again(run: Any) -> None:
     async def main() -> None:
-        async with (
-            relay_node(QUIC) as relay,
-            natted_node(relay, [QUIC]) as a,
-            natted_node(relay, [QUIC]) as b,
-            trio.open_nursery() as nursery,
-        ):
-            for node in (a, b):
-                nursery.start_soon(node.punch.run)
-            await trio.testing.wait_all_tasks_blocked()
-            relayed = await a.host.connect(None, [circuit_to(b)])
+        async with natted_pair(QUIC) as pair:
+            a, b = pair.a, pair.b
+            await pair.start_punching()
+            relayed = await pair.connect()
             stream = await relayed.open_stream()
             stream.write(b"x")  # it is in use, and stays
             await until_direct(b, a)
@@ -183,6 +155,5 @@ def test_a_direct_path_that_is_lost_beside_a_relayed_one_is_looked_for_again(run
                         connection.abort()
             assert await until_direct(b, a) == "quic"
             assert not relayed.closed.is_set()
-            nursery.cancel_scope.cancel()
 
     run(main)
